@@ -1,0 +1,37 @@
+"""The one error a user sees, and the exit codes it may carry.
+
+Standard library only: every room of the house may import this one.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What `nsa` tells the shell. 0 is success; Typer itself uses 2 for usage errors."""
+
+    FAILURE = 1
+    USAGE = 2
+    BAD_INPUT = 3
+    DIVERGED = 4
+    UNAVAILABLE = 5
+    GATE_FAILED = 6
+    INTERRUPTED = 130
+    TERMINATED = 143
+    CLOSED_PIPE = 141
+
+
+class NsaError(Exception):
+    """A failure that the user can act on.
+
+    message: what went wrong, naming the file, flag or value.
+    hint: what to do about it, one line; empty if nothing helps.
+    exit_code: the process's exit status, one of `ExitCode`.
+    """
+
+    def __init__(self, message: str, hint: str = "", exit_code: int = ExitCode.FAILURE) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.exit_code = int(exit_code)

@@ -1,0 +1,88 @@
+"""Dense attention, and what one forward pass knows about its tokens.
+
+Letters: b batch, t query token, s key token, h query head, g key/value head, d head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nsa_cli.config import ModelConfig
+from nsa_cli.model.cache import Cache, LayerCache
+from nsa_cli.model.rotary import Rotary, rotate
+
+
+@dataclass
+class Geometry:
+    """Where the tokens of one forward pass stand; made once and shared by all layers.
+
+    positions: int64 [t], or [b, t] behind a filled cache. angles: float32 [t, d] or [b, 1, t, d].
+    cu_seqlens: packed documents, or None. block_starts: for packed documents, the first token of every compressed block;
+    block_positions: each compressed block's first position in its document.
+    cache: the sequences so far, or None. first: whether the cache is empty, so that the pass is an ordinary one.
+    """
+
+    rotary: Rotary
+    positions: Tensor
+    angles: Tensor
+    cu_seqlens: Tensor | None = None
+    block_starts: Tensor | None = None
+    block_positions: Tensor | None = None
+    cache: Cache | None = None
+    first: bool = True
+
+    def append(self, layer: LayerCache, name: str, x: Tensor) -> Tensor:
+        """Write the pass's tokens x [b, g, t, d] into a buffer; all tokens so far [b, g, s, d] come back."""
+        assert self.cache is not None
+        cache, tokens = self.cache, x.shape[2]
+        longest = cache.longest + tokens
+        if cache.uniform:
+            buffer = layer.write(name, x, None, slice(longest - tokens, longest), cache.capacity)
+        else:
+            rows = torch.arange(x.shape[0], device=x.device).repeat_interleave(tokens)
+            flat = rearrange(x, "b g t d -> (b t) g d")
+            buffer = layer.write(name, flat, rows, self.positions.flatten(), cache.capacity)
+        return buffer[:, :, :longest]
+
+
+class DenseAttention(nn.Module):
+    """Causal grouped-query attention with rotary positions, through PyTorch's scaled_dot_product_attention."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        inner = config.heads * config.dim_head
+        self.heads, self.kv_heads = config.heads, config.kv_heads
+        self.to_q = nn.Linear(config.dim, inner, bias=False)
+        self.to_k = nn.Linear(config.dim, config.kv_heads * config.dim_head, bias=False)
+        self.to_v = nn.Linear(config.dim, config.kv_heads * config.dim_head, bias=False)
+        self.to_out = nn.Linear(inner, config.dim, bias=False)
+
+    def forward(self, x: Tensor, geometry: Geometry, layer: LayerCache | None = None) -> Tensor:
+        """[b, t, dim] -> [b, t, dim]."""
+        q = rotate(rearrange(self.to_q(x), "b t (h d) -> b h t d", h=self.heads), geometry.angles)
+        k = rotate(rearrange(self.to_k(x), "b t (g d) -> b g t d", g=self.kv_heads), geometry.angles)
+        v = rearrange(self.to_v(x), "b t (g d) -> b g t d", g=self.kv_heads)
+        if layer is not None:
+            all_k, all_v = geometry.append(layer, "k", k), geometry.append(layer, "v", v)
+        if geometry.first:
+            out = self._causal(q, k, v, geometry.cu_seqlens)
+        else:
+            s = torch.arange(all_k.shape[2], device=x.device)
+            visible = s <= geometry.positions[:, None, :, None]
+            gqa = self.heads != self.kv_heads
+            out = F.scaled_dot_product_attention(q, all_k, all_v, attn_mask=visible, enable_gqa=gqa)
+        return self.to_out(rearrange(out, "b h t d -> b t (h d)"))
+
+    def _causal(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        gqa = self.heads != self.kv_heads
+        if cu_seqlens is None:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+        sizes = cu_seqlens.diff().tolist()
+        documents = zip(q.split(sizes, 2), k.split(sizes, 2), v.split(sizes, 2), strict=True)
+        attended = [F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=gqa) for qkv in documents]
+        return torch.cat(attended, 2)

@@ -1,0 +1,29 @@
+"""THE builder: every command, test and script makes its model here."""
+
+from __future__ import annotations
+
+import torch
+
+from nsa_cli.config import ModelConfig
+from nsa_cli.model.transformer import Transformer
+from nsa_cli.ops.dispatch import resolve_kernel
+
+
+def build_model(
+    config: ModelConfig,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    kernel: str = "auto",
+) -> Transformer:
+    """A freshly initialised model, dense if config.nsa is None, in training mode.
+
+    Weights are drawn on the CPU from torch's global generator, whatever the device: a seed gives one model everywhere.
+    dtype: of the weights. kernel: auto, torch, flex or triton, for the sparse branches.
+    Raises ValueError for an unknown kernel, NsaError (exit 5) for one that cannot run on the device.
+    """
+    device = torch.device(device)
+    name, _ = resolve_kernel(kernel, device) if config.nsa is not None else ("torch", None)
+    with torch.device("meta" if device.type == "meta" else "cpu"):
+        model = Transformer(config, name)
+    return model.to(device=device, dtype=dtype)

@@ -1,0 +1,143 @@
+"""Compression networks phi: l consecutive keys (or values) of one head become one (eq. 7 of arXiv 2502.11089).
+
+x = window + pos, with a learned intra-block position pos [g, l, d]; phi maps x [l, d] to [d]. Weights are shared by the
+key/value heads of a layer (but for `grouped-mlp`) and separate for keys and values. `mean` has neither weights nor pos.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nsa_cli.config import NSAConfig
+
+
+def windows(x: Tensor, config: NSAConfig, starts: Tensor | None = None) -> Tensor:
+    """The blocks of x [b, g, s, d] as [b, g, c, l, d]: those of one document, or those that begin at the tokens `starts`."""
+    length = config.compress_block
+    if starts is not None:
+        return x[:, :, starts[:, None] + torch.arange(length, device=x.device)]
+    if x.shape[2] < length:
+        return x.new_zeros(x.shape[0], x.shape[1], 0, length, x.shape[3])
+    return x.unfold(2, length, config.compress_stride).transpose(-1, -2)
+
+
+def _weight(*shape: int, fan_in: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(*shape) * fan_in**-0.5)
+
+
+class Compression(nn.Module):
+    """phi over windows [.., g, c, l, d] -> [.., g, c, d], in the windows' dtype (or autocast's)."""
+
+    def __init__(self, config: NSAConfig, kv_heads: int, dim_head: int) -> None:
+        super().__init__()
+        self.pos = nn.Parameter(torch.randn(kv_heads, config.compress_block, dim_head) * 0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.phi(x + self.pos[:, None])
+
+    @abstractmethod
+    def phi(self, x: Tensor) -> Tensor:
+        """[.., g, c, l, d] -> [.., g, c, d]."""
+
+
+class Mean(nn.Module):
+    """mean_i x_i, without intra-block positions."""
+
+    def __init__(self, config: NSAConfig, kv_heads: int, dim_head: int) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(-2)
+
+
+class AttentionPool(Compression):
+    """sum_i softmax_i(a . x_i) x_i."""
+
+    def __init__(self, config: NSAConfig, kv_heads: int, dim_head: int) -> None:
+        super().__init__(config, kv_heads, dim_head)
+        self.a = _weight(dim_head, fan_in=dim_head)
+
+    def phi(self, x: Tensor) -> Tensor:
+        weights = (x @ self.a).softmax(-1)
+        return torch.einsum("...l,...ld->...d", weights.to(x.dtype), x)
+
+
+class Conv(Compression):
+    """sum_i w_i * x_i, one weight a place and channel (a depthwise convolution of width l and stride d)."""
+
+    def __init__(self, config: NSAConfig, kv_heads: int, dim_head: int) -> None:
+        super().__init__(config, kv_heads, dim_head)
+        length = config.compress_block
+        self.w = nn.Parameter((1 + 0.1 * torch.randn(length, dim_head)) / length)
+
+    def phi(self, x: Tensor) -> Tensor:
+        return (x * self.w).sum(-2)
+
+
+class Linear(Compression):
+    """W vec(x)."""
+
+    def __init__(self, config: NSAConfig, kv_heads: int, dim_head: int) -> None:
+        super().__init__(config, kv_heads, dim_head)
+        width = config.compress_block * dim_head
+        self.w = _weight(dim_head, width, fan_in=width)
+
+    def phi(self, x: Tensor) -> Tensor:
+        return F.linear(x.flatten(-2), self.w)
+
+
+class MLP(Compression):
+    """W2 gelu(W1 vec(x)), hidden width d: the paper's choice, and the default."""
+
+    def __init__(self, config: NSAConfig, kv_heads: int, dim_head: int) -> None:
+        super().__init__(config, kv_heads, dim_head)
+        width = config.compress_block * dim_head
+        self.w1 = _weight(dim_head, width, fan_in=width)
+        self.w2 = _weight(dim_head, dim_head, fan_in=dim_head)
+
+    def phi(self, x: Tensor) -> Tensor:
+        return F.linear(F.gelu(F.linear(x.flatten(-2), self.w1)), self.w2)
+
+
+class Gated(Compression):
+    """mean_i x_i * sigmoid(W x_i)."""
+
+    def __init__(self, config: NSAConfig, kv_heads: int, dim_head: int) -> None:
+        super().__init__(config, kv_heads, dim_head)
+        self.w = _weight(dim_head, dim_head, fan_in=dim_head)
+
+    def phi(self, x: Tensor) -> Tensor:
+        return (x * F.linear(x, self.w).sigmoid()).mean(-2)
+
+
+class GroupedMLP(Compression):
+    """W2 gelu(W1 vec(x)) with weights of its own for every key/value head."""
+
+    def __init__(self, config: NSAConfig, kv_heads: int, dim_head: int) -> None:
+        super().__init__(config, kv_heads, dim_head)
+        width = config.compress_block * dim_head
+        self.w1 = _weight(kv_heads, dim_head, width, fan_in=width)
+        self.w2 = _weight(kv_heads, dim_head, dim_head, fan_in=dim_head)
+
+    def phi(self, x: Tensor) -> Tensor:
+        return F.gelu(x.flatten(-2) @ self.w1.mT) @ self.w2.mT
+
+
+NETWORKS: dict[str, type[nn.Module]] = {
+    "mean": Mean,
+    "attention-pool": AttentionPool,
+    "conv": Conv,
+    "linear": Linear,
+    "mlp": MLP,
+    "gated": Gated,
+    "grouped-mlp": GroupedMLP,
+}
+
+
+def make_compression(config: NSAConfig, kv_heads: int, dim_head: int) -> nn.Module:
+    """The network that `config.compress` names, for one layer's keys or values."""
+    return NETWORKS[config.compress](config, kv_heads, dim_head)

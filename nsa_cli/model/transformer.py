@@ -1,0 +1,155 @@
+"""The transformer: pre-norm blocks around dense or sparse attention, no biases but the gates'.
+
+Initialisation follows GPT-2: normal weights of deviation 0.02, those that write to the residual stream divided by
+sqrt(2 depth). Gates start at 1/2, so that every branch is alive.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nsa_cli.config import ModelConfig
+from nsa_cli.model.attention import DenseAttention, Geometry
+from nsa_cli.model.cache import Cache, LayerCache
+from nsa_cli.model.nsa import SparseAttention
+from nsa_cli.model.rotary import Rotary
+
+IGNORED_TARGET = -1
+NORM_EPS = 1e-6
+
+
+class FeedForward(nn.Module):
+    """gelu: W2 gelu(W1 x). swiglu: W2 (silu(W1 x) * W3 x)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden = round(config.ff_mult * config.dim)
+        self.w1 = nn.Linear(config.dim, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, config.dim, bias=False)
+        self.w3 = nn.Linear(config.dim, hidden, bias=False) if config.ff == "swiglu" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.gelu(self.w1(x)) if self.w3 is None else F.silu(self.w1(x)) * self.w3(x)
+        return self.w2(hidden)
+
+
+class Block(nn.Module):
+    """x + attention(norm x), then x + feed-forward(norm x)."""
+
+    def __init__(self, config: ModelConfig, kernel: str) -> None:
+        super().__init__()
+        self.attn_norm = nn.RMSNorm(config.dim, eps=NORM_EPS)
+        self.attn = DenseAttention(config) if config.nsa is None else SparseAttention(config, kernel)
+        self.ff_norm = nn.RMSNorm(config.dim, eps=NORM_EPS)
+        self.ff = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, geometry: Geometry, layer: LayerCache | None = None) -> Tensor:
+        x = x + self.dropout(self.attn(self.attn_norm(x), geometry, layer))
+        return x + self.dropout(self.ff(self.ff_norm(x)))
+
+
+class Transformer(nn.Module):
+    """Token ids in, logits (or a loss) out. Made by `build_model`."""
+
+    def __init__(self, config: ModelConfig, kernel: str) -> None:
+        super().__init__()
+        self.config, self.kernel = config, kernel
+        self.rotary = Rotary(config.dim_head, config.rope_theta)
+        self.token_emb = nn.Embedding(config.vocab_size, config.dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(Block(config, kernel) for _ in range(config.depth))
+        self.norm = nn.RMSNorm(config.dim, eps=NORM_EPS)
+        self.to_logits = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self._initialise()
+
+    @property
+    def device(self) -> torch.device:
+        return self.token_emb.weight.device
+
+    def _initialise(self) -> None:
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                writes_residual = name.endswith((".to_out", ".ff.w2"))
+                deviation = 0.02 / (2 * self.config.depth) ** 0.5 if writes_residual else 0.02
+                nn.init.normal_(module.weight, std=deviation)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(
+        self,
+        ids: Tensor,
+        targets: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Logits float32 [b, t, vocab] of ids int64 [b, t]; with targets, the mean cross-entropy in nats, a scalar.
+
+        targets: int64 [b, t], -1 where nothing is to be predicted. cu_seqlens: int32 [documents + 1], with b = 1: attention and
+        positions start anew in every document. cache: the ids continue each of its sequences, and are added to it.
+        Raises ValueError for wrong shapes, dtypes or ids outside of the vocabulary's range (on a CPU).
+        """
+        self._check(ids, targets, cu_seqlens, cache)
+        geometry = self._geometry(ids, cu_seqlens, cache)
+        x = self.dropout(self.token_emb(ids))
+        for i, block in enumerate(self.layers):
+            x = block(x, geometry, None if cache is None else cache.layers[i])
+        if cache is not None:
+            cache.host_lengths = [n + ids.shape[1] for n in cache.host_lengths]
+        x = self.norm(x)
+        logits = (F.linear(x, self.token_emb.weight) if self.to_logits is None else self.to_logits(x)).float()
+        if targets is None:
+            return logits
+        return F.cross_entropy(
+            rearrange(logits, "b t v -> (b t) v"), rearrange(targets, "b t -> (b t)"), ignore_index=IGNORED_TARGET
+        )
+
+    def make_cache(self, batch: int, capacity: int) -> Cache:
+        """An empty cache for `batch` sequences of `capacity` tokens; it grows when more come."""
+        return Cache(self.config.depth, batch, capacity, self.device)
+
+    def gate_means(self) -> list[list[float]]:
+        """Mean gate [cmp, slc, win] of every layer in the last training pass; [] for a dense model or before one."""
+        means = [getattr(block.attn, "gate_mean", None) for block in self.layers]
+        return [mean.tolist() for mean in means if mean is not None]
+
+    def _geometry(self, ids: Tensor, cu_seqlens: Tensor | None, cache: Cache | None) -> Geometry:
+        tokens, device = ids.shape[1], ids.device
+        if cache is not None:
+            cache.reserve(cache.longest + tokens)
+        if cache is not None and cache.longest > 0:
+            positions = cache.lengths[:, None] + torch.arange(tokens, device=device)
+            angles = self.rotary.angles(positions)[:, None]
+            return Geometry(self.rotary, positions, angles, cache=cache, first=False)
+        positions = torch.arange(tokens, device=device)
+        starts = block_positions = None
+        if cu_seqlens is not None:
+            first = cu_seqlens.long()[:-1]
+            sizes = cu_seqlens.diff().long()
+            positions = positions - first.repeat_interleave(sizes, output_size=tokens)
+            if self.config.nsa is not None:
+                counts = [self.config.nsa.num_compressed(size) for size in sizes.tolist()]
+                steps = [torch.arange(n, device=device) * self.config.nsa.compress_stride for n in counts]
+                block_positions = torch.cat(steps)
+                starts = block_positions + first.repeat_interleave(torch.tensor(counts, device=device))
+        return Geometry(
+            self.rotary, positions, self.rotary.angles(positions), cu_seqlens, starts, block_positions, cache
+        )
+
+    def _check(self, ids: Tensor, targets: Tensor | None, cu_seqlens: Tensor | None, cache: Cache | None) -> None:
+        if ids.ndim != 2 or ids.dtype != torch.int64 or ids.shape[1] == 0:
+            raise ValueError(f"ids is {ids.dtype} {tuple(ids.shape)}: must be torch.int64 [b, t] with at least one token")
+        if ids.device.type == "cpu" and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
+            low, high, size = int(ids.min()), int(ids.max()), self.config.vocab_size
+            raise ValueError(f"ids run from {low} to {high}: must be in 0 .. {size - 1}, the vocabulary")
+        if targets is not None and targets.shape != ids.shape:
+            raise ValueError(f"targets is {tuple(targets.shape)}: must be like ids, {tuple(ids.shape)}")
+        if cache is not None and (cu_seqlens is not None or targets is not None):
+            raise ValueError("cache goes with ids alone: neither targets nor cu_seqlens")
+        if cache is not None and len(cache.host_lengths) != ids.shape[0]:
+            raise ValueError(f"ids has batch {ids.shape[0]}: the cache holds {len(cache.host_lengths)} sequences")
+        if cu_seqlens is not None and (ids.shape[0] != 1 or int(cu_seqlens[-1]) != ids.shape[1]):
+            raise ValueError(f"cu_seqlens must run from 0 to the {ids.shape[1]} tokens of a batch of one")

@@ -1,0 +1,288 @@
+"""The `torch` kernel: the three branches in plain PyTorch, vectorised, chunked, differentiable, on any device.
+
+Memory grows linearly with the tokens: attention runs in chunks of queries (or a key block at a time), keeps one
+log-sum-exp a row and recomputes the probabilities in the backward. Keys are never expanded per query head.
+
+Three ways to attend, chosen by shape:
+* `_ChunkedAttention`: queries in chunks against a span of keys under an exact mask. The compressed branch, the window, and
+  the selected branch while most keys are selected anyway.
+* `nsa_cli.ops.by_block`: key blocks outside, the queries that selected each inside. Long inputs.
+* `_gathered_attention`: the keys of each query gathered. A few queries against a long cache.
+
+`positions` [b or 1, t] are the queries' positions in their document; keys sit at 0 .. s - 1. Scores and softmax are in
+float32, or float64 for float64 inputs. Letters as in `nsa_cli.ops`; r is a query head within its group.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from nsa_cli.config import NSAConfig
+from nsa_cli.ops.by_block import attend_by_block
+from nsa_cli.ops.selection import pool_importance, select_blocks, select_blocks_bound, visible_blocks
+
+CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
+"""Scores alive at a time. On a CPU a chunk should stay in the cache; on a GPU launches cost more than memory."""
+
+GATHER_QUERIES = 16
+"""Up to this many query tokens a sequence (decoding) gather their keys instead of masking all of them."""
+
+MASKED_UP_TO = 4
+"""Selected attention masks all keys while there are at most this many times n l' of them; beyond, blocks go outside."""
+
+
+def softmax_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64, else float32."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+class Mask(ABC):
+    """Which keys a chunk of queries may see."""
+
+    @abstractmethod
+    def span(self, start: int, stop: int) -> tuple[int, int]:
+        """Keys [low, high) outside of which no query of [start, stop) sees anything; known on the host."""
+
+    @abstractmethod
+    def visible(self, start: int, stop: int, low: int, high: int) -> Tensor:
+        """bool [b or 1, g or 1, 1, stop - start, high - low]."""
+
+
+@dataclass
+class CompressedMask(Mask):
+    """Block c is visible to position t iff c d + l - 1 <= t."""
+
+    positions: Tensor
+    in_order: bool
+    blocks: int
+    config: NSAConfig
+
+    def span(self, start: int, stop: int) -> tuple[int, int]:
+        return 0, min(self.config.num_compressed(stop), self.blocks) if self.in_order else self.blocks
+
+    def visible(self, start: int, stop: int, low: int, high: int) -> Tensor:
+        count = visible_blocks(self.positions[:, start:stop], self.config)
+        c = torch.arange(low, high, device=count.device)
+        return (c < count[..., None])[:, None, None]
+
+
+@dataclass
+class WindowMask(Mask):
+    """Keys t - w < s <= t."""
+
+    positions: Tensor
+    in_order: bool
+    keys: int
+    window: int
+
+    def span(self, start: int, stop: int) -> tuple[int, int]:
+        return (max(start - self.window + 1, 0), min(stop, self.keys)) if self.in_order else (0, self.keys)
+
+    def visible(self, start: int, stop: int, low: int, high: int) -> Tensor:
+        t = self.positions[:, start:stop, None]
+        s = torch.arange(low, high, device=t.device)
+        return ((s <= t) & (s > t - self.window))[:, None, None]
+
+
+@dataclass
+class SelectedMask(Mask):
+    """Keys s <= t of the blocks in block_indices [b, g, t, n]."""
+
+    positions: Tensor
+    in_order: bool
+    keys: int
+    block_indices: Tensor
+    select_block: int
+
+    def span(self, start: int, stop: int) -> tuple[int, int]:
+        return 0, min(stop, self.keys) if self.in_order else self.keys
+
+    def visible(self, start: int, stop: int, low: int, high: int) -> Tensor:
+        indices = self.block_indices[:, :, start:stop]
+        blocks = -(-high // self.select_block)
+        beyond = torch.where((indices >= 0) & (indices < blocks), indices, blocks).long()
+        chosen = indices.new_zeros((*indices.shape[:3], blocks + 1), dtype=torch.bool).scatter_(-1, beyond, True)
+        s = torch.arange(low, high, device=indices.device)
+        causal = s <= self.positions[:, start:stop, None]
+        return (chosen[..., :blocks].repeat_interleave(self.select_block, -1)[..., low:high] & causal[:, None])[:, :, None]
+
+
+def _query_chunk(batch_heads: int, keys: int, device: torch.device) -> int:
+    return max(CHUNK_ELEMENTS.get(device.type, 2**22) // max(batch_heads * keys, 1), 16)
+
+
+class _ChunkedAttention(torch.autograd.Function):
+    """softmax(scale q k^T, over the visible keys) v, a chunk of queries at a time; rows that see nothing give 0.
+
+    q [b, g, r, t, d], k [b, g, s, d], v [b, g, s, e] -> out [b, g, r, t, e], and with `selects` the block indices
+    [b, g, t, n] decided by the chunk's probabilities (else an empty tensor).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, chunk: int, selects: CompressedMask | None
+    ) -> tuple[Tensor, Tensor]:
+        b, g, r, t, _ = q.shape
+        dtype = softmax_dtype(q)
+        out = q.new_empty(b, g, r, t, v.shape[-1])
+        lse = torch.empty(b, g, r, t, dtype=dtype, device=q.device)
+        indices: list[Tensor] = []
+        for start in range(0, t, chunk):
+            stop = min(start + chunk, t)
+            low, high = mask.span(start, stop)
+            scores = _chunk_scores(q[:, :, :, start:stop], k[:, :, low:high], scale)
+            scores = scores.masked_fill_(~mask.visible(start, stop, low, high), float("-inf"))
+            top = scores.amax(-1, keepdim=True) if high > low else scores.new_full((*scores.shape[:-1], 1), -torch.inf)
+            top = top.masked_fill_(top == -torch.inf, 0.0)
+            p = scores.sub_(top).exp_()
+            total = p.sum(-1, keepdim=True)
+            empty = total == 0
+            p = p.div_(total.masked_fill(empty, 1.0))
+            out[:, :, :, start:stop] = _rows_times(p, v[:, :, low:high])
+            row = torch.where(empty, torch.inf, top + total.log())
+            lse[:, :, :, start:stop] = row[..., 0]
+            if selects is not None:
+                config, positions = selects.config, selects.positions[:, start:stop]
+                tokens = stop if selects.in_order else 0
+                blocks = config.num_select_blocks(tokens) if tokens else select_blocks_bound(high, config)
+                indices.append(select_blocks(pool_importance(p.sum(2), blocks, config), positions, config))
+        block_indices = torch.cat(indices, 2) if indices else q.new_empty(0, dtype=torch.int32)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.mask, ctx.scale, ctx.chunk = mask, scale, chunk
+        ctx.mark_non_differentiable(block_indices)
+        return out, block_indices
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        mask, chunk = ctx.mask, ctx.chunk
+        dtype, t = lse.dtype, q.shape[3]
+        dq = torch.empty_like(q)
+        dk = torch.zeros(k.shape, dtype=dtype, device=k.device)
+        dv = torch.zeros(v.shape, dtype=dtype, device=v.device)
+        for start in range(0, t, chunk):
+            stop = min(start + chunk, t)
+            low, high = mask.span(start, stop)
+            rows = slice(start, stop)
+            q_rows, do = q[:, :, :, rows], grads[0][:, :, :, rows].to(dtype)
+            p = _chunk_scores(q_rows, k[:, :, low:high], ctx.scale).sub_(lse[:, :, :, rows, None]).exp_()
+            p = p.masked_fill_(~mask.visible(start, stop, low, high), 0.0)
+            delta = (do * out[:, :, :, rows]).sum(-1, keepdim=True)
+            dv[:, :, low:high] += _columns_times(p, do)
+            ds = _chunk_scores(do, v[:, :, low:high], 1.0).sub_(delta).mul_(p).mul_(ctx.scale)
+            dq[:, :, :, rows] = _rows_times(ds, k[:, :, low:high])
+            dk[:, :, low:high] += _columns_times(ds, q_rows.to(dtype))
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+
+
+def _chunk_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """scale q k^T: [b, g, r, t, d] and [b, g, s, d] -> [b, g, r, t, s]; a group's heads are rows of one product."""
+    b, g, r, t, d = q.shape
+    dtype = softmax_dtype(q)
+    rows = q.to(dtype).reshape(b, g, r * t, d)
+    if scale != 1.0:
+        rows = rows * scale
+    return (rows @ k.to(dtype).transpose(-1, -2)).view(b, g, r, t, k.shape[2])
+
+
+def _rows_times(p: Tensor, v: Tensor) -> Tensor:
+    """p v: [b, g, r, t, s] and [b, g, s, e] -> [b, g, r, t, e]."""
+    b, g, r, t, s = p.shape
+    return (p.view(b, g, r * t, s) @ v.to(p.dtype)).view(b, g, r, t, v.shape[-1])
+
+
+def _columns_times(p: Tensor, x: Tensor) -> Tensor:
+    """p^T x, summed over the group's heads: [b, g, r, t, s] and [b, g, r, t, e] -> [b, g, s, e]."""
+    b, g, r, t, s = p.shape
+    return p.view(b, g, r * t, s).transpose(-1, -2) @ x.reshape(b, g, r * t, x.shape[-1])
+
+
+def _gathered_attention(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """Softmax over each query's own list of keys: tokens int64 and visible bool [b, g or 1, t, m]; out [b, g, r, t, e]."""
+    b, g = k.shape[:2]
+    dtype = softmax_dtype(q)
+    tokens = tokens.masked_fill(~visible, 0).expand(b, g, -1, -1)
+    i_b = torch.arange(b, device=q.device)[:, None, None, None]
+    i_g = torch.arange(g, device=q.device)[None, :, None, None]
+    scores = torch.einsum("bgrtd,bgtmd->bgrtm", q.to(dtype) * scale, k[i_b, i_g, tokens].to(dtype))
+    visible = visible[:, :, None]
+    sees = visible.any(-1, keepdim=True)
+    p = scores.masked_fill(~visible, float("-inf")).masked_fill(~sees, 0.0).softmax(-1).masked_fill(~visible, 0.0)
+    return torch.einsum("bgrtm,bgtme->bgrte", p, v[i_b, i_g, tokens].to(dtype)).to(q.dtype)
+
+
+def _grouped(q: Tensor, kv_heads: int) -> Tensor:
+    return rearrange(q, "b (g r) t d -> b g r t d", g=kv_heads)
+
+
+def _ungrouped(out: Tensor) -> Tensor:
+    return rearrange(out, "b g r t d -> b (g r) t d")
+
+
+def _in_order(q: Tensor, positions: Tensor | None) -> tuple[Tensor, bool]:
+    """Positions [b or 1, t], and whether they are known on the host to be 0 .. t - 1."""
+    if positions is None:
+        return torch.arange(q.shape[2], device=q.device)[None], True
+    return positions, False
+
+
+def compressed_attention(
+    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, config: NSAConfig, *, scale: float, positions: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Branch `cmp` and the selection it decides: (o_cmp [b, h, t, e], block_indices int32 [b, g, t, n])."""
+    at, in_order = _in_order(q, positions)
+    mask = CompressedMask(at, in_order, k_cmp.shape[2], config)
+    chunk = _query_chunk(q.shape[0] * q.shape[1], k_cmp.shape[2], q.device)
+    out, block_indices = _ChunkedAttention.apply(_grouped(q, k_cmp.shape[1]), k_cmp, v_cmp, mask, scale, chunk, mask)
+    return _ungrouped(out), block_indices
+
+
+def selected_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    config: NSAConfig,
+    *,
+    scale: float,
+    positions: Tensor | None = None,
+) -> Tensor:
+    """Branch `slc`: softmax over the tokens s <= t of the selected blocks; [b, h, t, e]."""
+    at, in_order = _in_order(q, positions)
+    b, h, t, keys = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+    grouped = _grouped(q, k.shape[1])
+    if not in_order and t <= GATHER_QUERIES:
+        inside = torch.arange(config.select_block, device=q.device)
+        tokens = (block_indices[..., None].long() * config.select_block + inside).flatten(-2)
+        visible = (tokens >= 0) & (tokens <= at[:, None, :, None]) & (tokens < keys)
+        return _ungrouped(_gathered_attention(grouped, k, v, tokens, visible, scale))
+    if keys <= MASKED_UP_TO * config.num_selected * config.select_block:
+        mask = SelectedMask(at, in_order, keys, block_indices, config.select_block)
+        chunk = _query_chunk(b * h, keys, q.device)
+        return _ungrouped(_ChunkedAttention.apply(grouped, k, v, mask, scale, chunk, None)[0])
+    return _ungrouped(attend_by_block(grouped, k, v, block_indices, at.expand(b, t), config.select_block, scale))
+
+
+def window_attention(
+    q: Tensor, k: Tensor, v: Tensor, config: NSAConfig, *, scale: float, positions: Tensor | None = None
+) -> Tensor:
+    """Branch `win`: softmax over t - w < s <= t; [b, h, t, e]."""
+    at, in_order = _in_order(q, positions)
+    b, h, t, keys = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+    grouped = _grouped(q, k.shape[1])
+    if not in_order and t <= GATHER_QUERIES:
+        back = torch.arange(1 - config.window, 1, device=q.device)
+        tokens = at[:, None, :, None] + back
+        visible = (tokens >= 0) & (tokens < keys)
+        return _ungrouped(_gathered_attention(grouped, k, v, tokens, visible, scale))
+    mask = WindowMask(at, in_order, keys, config.window)
+    # A chunk of about a window's length wastes half of its scores on the corners of the band; shorter ones waste less
+    # but make more calls.
+    chunk = min(_query_chunk(b * h, min(2 * config.window, keys), q.device), max(config.window, 64))
+    return _ungrouped(_ChunkedAttention.apply(grouped, k, v, mask, scale, chunk, None)[0])
