@@ -111,7 +111,8 @@ class ModelConfig:
 
     context: tokens of one training window (sampling may go beyond it: positions are rotary).
     heads, kv_heads: query heads, and key/value heads that each serve heads / kv_heads of them.
-    ff_mult: hidden width of the feed-forward over dim. dropout: after the embedding, attention and feed-forward.
+    ff_mult: hidden width of the feed-forward over dim. dropout: after the embedding, attention
+    and feed-forward, and on attention's probabilities (dense) or gates (sparse).
     """
 
     vocab_size: int = 256
@@ -222,7 +223,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "compress_block": 8, "compress_stride": 4, "select_block": 16,
             "num_selected": 4, "num_init": 1, "num_local": 2, "window": 32,
         },
-        "train": {"steps": 1500, "batch_tokens": 2048, "lr": 2e-3, "warmup": 100, "eval_every": 250},
+        "train": {"steps": 1000, "batch_tokens": 2048, "lr": 2e-3, "warmup": 100, "eval_every": 250},
     },
     "small": {
         "model": {"dim": 384, "depth": 6, "heads": 6, "kv_heads": 6, "dim_head": 64, "context": 256, "dropout": 0.2},
@@ -230,7 +231,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "compress_block": 16, "compress_stride": 8, "select_block": 16,
             "num_selected": 6, "num_init": 1, "num_local": 2, "window": 64,
         },
-        "train": {"steps": 5000, "batch_tokens": 64 * 256, "lr": 1e-3, "warmup": 100, "eval_every": 250},
+        "train": {
+            "steps": 5000, "batch_tokens": 64 * 256, "lr": 1e-3, "weight_decay": 1.0, "warmup": 100, "eval_every": 250,
+        },
     },
     "base": {
         "model": {"dim": 1024, "depth": 12, "heads": 16, "kv_heads": 2, "dim_head": 64, "context": 8192},

@@ -1,8 +1,9 @@
 """What a model and its attention cost: parameters, floating-point operations, cache bytes, all in closed form.
 
 Every report divides by these numbers (share of the roofline, tokens per FLOP), so they are exact where exactness is
-possible: visible pairs are counted query by query in the mask's own terms, not as N^2 / 2. A multiply and an add count as
-two operations; softmax, masks, rotary and norms are left out, as is customary. Plain integers; no tensors needed.
+possible: visible pairs are counted query by query in the mask's own terms, not as N^2 / 2. A multiply and an add
+count as two operations; softmax, masks, rotary and norms are left out, as is customary. Plain integers; no tensors
+needed.
 
 N tokens, l compress_block, d compress_stride, l' select_block, n num_selected, w window, D dim_head,
 h query heads, g key/value heads, M compressed blocks.
@@ -39,9 +40,9 @@ def compressed_pairs(tokens: int, nsa: NSAConfig) -> int:
 def selected_pairs(tokens: int, nsa: NSAConfig) -> int:
     """(query, token) pairs of the selected branch: the causal tokens of each query's n blocks.
 
-    Query t of block cur = t // l' takes m = min(n, cur + 1) blocks: m - 1 whole ones and t % l' + 1 tokens of its own. Exact when
-    num_local >= 1. With num_local = 0 a query's own block may be passed over, and this is then a lower bound, less
-    than l' tokens a query from the truth.
+    Query t of block cur = t // l' takes m = min(n, cur + 1) blocks: m - 1 whole ones and t % l' + 1 tokens of its
+    own. Exact when num_local >= 1. With num_local = 0 a query's own block may be passed over, and this is then a
+    lower bound, less than l' tokens a query from the truth.
     """
     block, full = nsa.select_block, tokens // nsa.select_block
     ramp = min(full, nsa.num_selected)
@@ -84,9 +85,9 @@ def sparse_attention_flops(
 ) -> SparseFlops:
     """Operations of the three branches, importance and the gated sum; compression networks are `compression_flops`.
 
-    Importance costs one product forward and nothing backward (no gradient flows through it); compare `compressed_pairs`,
-    `selected_pairs`, `window_pairs`. The gated sum is three multiply-adds a channel forward, and its backward scales the
-    gradient for each branch and reduces it against each output.
+    Importance costs one product forward and nothing backward (no gradient flows through it); compare
+    `compressed_pairs`, `selected_pairs`, `window_pairs`. The gated sum is three multiply-adds a channel forward, and
+    its backward scales the gradient for each branch and reduces it against each output.
     """
     per_pair = 2 * (BACKWARD_PRODUCTS if backward else FORWARD_PRODUCTS) * dim_head * heads
     compressed = compressed_pairs(tokens, nsa)
@@ -133,8 +134,8 @@ def compression_parameters(kv_heads: int, dim_head: int, nsa: NSAConfig) -> int:
 def parameters_by_part(model: Any) -> dict[str, int]:
     """Trainable parameters by part, of a ModelConfig or of a model that carries one as `config`.
 
-    Parts: embedding (with the output matrix when it is not tied), attention (q, k, v and output projections), compression
-    (both networks and their positions), gates, feed_forward, norms, and total, their sum.
+    Parts: embedding (with the output matrix when it is not tied), attention (q, k, v and output projections),
+    compression (both networks and their positions), gates, feed_forward, norms, and total, their sum.
     """
     config: ModelConfig = model if isinstance(model, ModelConfig) else model.config
     nsa, dim, width = config.nsa, config.dim, config.dim_head
@@ -153,7 +154,7 @@ def parameters_by_part(model: Any) -> dict[str, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFlops:
-    """Operations of one token of a sequence, on average: the forward pass, and a training step (forward and backward)."""
+    """Operations of one token of a sequence, on average: the forward pass, and a training step (both directions)."""
 
     forward: float
     training: float
@@ -162,8 +163,9 @@ class ModelFlops:
 def model_flops_per_token(config: ModelConfig, tokens: int | None = None) -> ModelFlops:
     """Model FLOPs of a token in a sequence of `tokens` (the configuration's context by default).
 
-    Every weight matrix costs 2 operations a parameter forward and 4 backward, output matrix included and embedding look-up
-    not; attention's backward costs BACKWARD_PRODUCTS / FORWARD_PRODUCTS of its forward, importance only its forward.
+    Every weight matrix costs 2 operations a parameter forward and 4 backward, output matrix included and embedding
+    look-up not; attention's backward costs BACKWARD_PRODUCTS / FORWARD_PRODUCTS of its forward, importance only its
+    forward.
     """
     tokens = config.context if tokens is None else tokens
     parts, nsa = parameters_by_part(config), config.nsa
@@ -184,25 +186,28 @@ def model_flops_per_token(config: ModelConfig, tokens: int | None = None) -> Mod
 
 
 def cache_bytes(config: ModelConfig, tokens: int, itemsize: int) -> int:
-    """Bytes of keys and values that decoding needs after N tokens of one sequence, all layers, `itemsize` bytes a number.
+    """Bytes of keys and values that decoding needs after N tokens of one sequence, in all layers.
 
-    Dense: k and v of N tokens. Sparse: those of the selected branch (N tokens); the M compressed blocks; the last tokens, of which
-    the next compressed block will be made (N - M d of them, before rotary); and with independent keys and values the last
-    w tokens of the window's. A cache that keeps more, in order to shrink again, reports its own size.
+    itemsize: bytes of one number. Dense: k and v of N tokens. Sparse: those of the selected branch (N tokens); the M
+    compressed blocks; the N - M d last tokens, of which the next blocks will be made; and the last w tokens of the
+    window. With shared keys and values the window needs none of its own, and the last tokens only their keys, before
+    rotary. A cache that keeps more, in order to shrink again, reports its own size.
     """
     nsa, per_token = config.nsa, 2 * config.kv_heads * config.dim_head * itemsize * config.depth
     if nsa is None:
         return per_token * tokens
     blocks = nsa.num_compressed(tokens)
     pending = tokens - blocks * nsa.compress_stride
-    own_window = min(nsa.window, tokens) if nsa.branch_kv == "independent" else 0
-    return per_token * (tokens + blocks + pending + own_window)
+    if nsa.branch_kv == "shared":
+        return per_token * (tokens + blocks) + per_token // 2 * pending
+    return per_token * (tokens + blocks + pending + min(nsa.window, tokens))
 
 
 def decode_read_tokens(tokens: int, nsa: NSAConfig | None) -> int:
     """Cached keys (and as many values) that the last of N tokens reads: N if dense, else blocks, selection and window.
 
-    Sparse: M + the causal tokens of its selected blocks + min(w, N). 64k tokens of the paper's geometry: 5,631, 11.6 times fewer.
+    Sparse: M + the causal tokens of its selected blocks + min(w, N). 64k tokens of the paper's geometry: 5,631, 11.6
+    times fewer.
     """
     if nsa is None:
         return tokens
@@ -211,6 +216,6 @@ def decode_read_tokens(tokens: int, nsa: NSAConfig | None) -> int:
 
 
 def decode_read_bytes(config: ModelConfig, tokens: int, itemsize: int) -> int:
-    """Bytes of cached keys and values that one decode step of one sequence reads with N tokens of context, all layers."""
+    """Bytes of cached keys and values that one decode step of one sequence reads at N tokens, in all layers."""
     per_token = 2 * config.kv_heads * config.dim_head * itemsize * config.depth
     return per_token * decode_read_tokens(tokens, config.nsa)

@@ -61,6 +61,7 @@ class DenseAttention(nn.Module):
         self.to_k = nn.Linear(config.dim, config.kv_heads * config.dim_head, bias=False)
         self.to_v = nn.Linear(config.dim, config.kv_heads * config.dim_head, bias=False)
         self.to_out = nn.Linear(inner, config.dim, bias=False)
+        self.dropout = config.dropout
 
     def forward(self, x: Tensor, geometry: Geometry, layer: LayerCache | None = None) -> Tensor:
         """[b, t, dim] -> [b, t, dim]."""
@@ -79,10 +80,16 @@ class DenseAttention(nn.Module):
         return self.to_out(rearrange(out, "b h t d -> b t (h d)"))
 
     def _causal(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        gqa = self.heads != self.kv_heads
+        gqa, p = self.heads != self.kv_heads, self.dropout if self.training else 0.0
         if cu_seqlens is None:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=p, enable_gqa=gqa)
         sizes = cu_seqlens.diff().tolist()
         documents = zip(q.split(sizes, 2), k.split(sizes, 2), v.split(sizes, 2), strict=True)
-        attended = [F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=gqa) for qkv in documents]
-        return torch.cat(attended, 2)
+        return torch.cat(
+            [
+                F.scaled_dot_product_attention(*qkv, is_causal=True, dropout_p=p, enable_gqa=gqa)
+                for qkv in documents
+                if qkv[0].shape[2] > 0
+            ],
+            2,
+        )

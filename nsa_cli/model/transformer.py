@@ -1,7 +1,8 @@
 """The transformer: pre-norm blocks around dense or sparse attention, no biases but the gates'.
 
-Initialisation follows GPT-2: normal weights of deviation 0.02, those that write to the residual stream divided by
-sqrt(2 depth). Gates start at 1/2, so that every branch is alive.
+Weights start normal with deviation 1 / sqrt(fan in), those that write to the residual stream divided by sqrt(2 depth);
+embeddings and gates with 0.02. (GPT-2's 0.02 everywhere is too small at dim 128: 1.73 against 1.64 nats a byte after 1,000
+steps of `tiny` on tinyshakespeare.) Gates start at 1/2, so that every branch is alive.
 """
 
 from __future__ import annotations
@@ -72,11 +73,14 @@ class Transformer(nn.Module):
 
     def _initialise(self) -> None:
         for name, module in self.named_modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                writes_residual = name.endswith((".to_out", ".ff.w2"))
-                deviation = 0.02 / (2 * self.config.depth) ** 0.5 if writes_residual else 0.02
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            elif isinstance(module, nn.Linear):
+                deviation = 0.02 if name.endswith("to_gates") else module.in_features**-0.5
+                if name.endswith((".to_out", ".ff.w2")):
+                    deviation /= (2 * self.config.depth) ** 0.5
                 nn.init.normal_(module.weight, std=deviation)
-                if isinstance(module, nn.Linear) and module.bias is not None:
+                if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
     def forward(

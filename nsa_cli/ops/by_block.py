@@ -47,10 +47,9 @@ def _hidden(queries: Tensor, span: slice, positions: Tensor) -> Tensor:
 
 
 class _ByBlock(torch.autograd.Function):
-    """Rows are [b, g, t, r, d], so that a query's heads lie together. Data-dependent shapes: kept out of torch.compile."""
+    """Rows are [b, g, t, r, d], so that a query's heads lie together."""
 
     @staticmethod
-    @torch.compiler.disable
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, positions: Tensor, select_block: int, scale: float
     ) -> Tensor:
@@ -87,7 +86,6 @@ class _ByBlock(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.compiler.disable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, positions, out, lse = ctx.saved_tensors
         b, g, _, r, d = q.shape

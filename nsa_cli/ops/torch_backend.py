@@ -3,11 +3,15 @@
 Memory grows linearly with the tokens: attention runs in chunks of queries (or a key block at a time), keeps one
 log-sum-exp a row and recomputes the probabilities in the backward. Keys are never expanded per query head.
 
-Three ways to attend, chosen by shape:
+Four ways to attend, chosen by shape:
+* `_fused_attention`: PyTorch's fused attention under an explicit mask. Window and selected branch of short inputs.
 * `_ChunkedAttention`: queries in chunks against a span of keys under an exact mask. The compressed branch, the window, and
   the selected branch while most keys are selected anyway.
 * `nsa_cli.ops.by_block`: key blocks outside, the queries that selected each inside. Long inputs.
 * `_gathered_attention`: the keys of each query gathered. A few queries against a long cache.
+
+Shapes depend on data here and there, and torch.compile gains nothing but minutes of compiling: it leaves these functions
+as they are and compiles the model around them.
 
 `positions` [b or 1, t] are the queries' positions in their document; keys sit at 0 .. s - 1. Scores and softmax are in
 float32, or float64 for float64 inputs. Letters as in `nsa_cli.ops`; r is a query head within its group.
@@ -22,6 +26,7 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.nn import functional as F
 
 from nsa_cli.config import NSAConfig
 from nsa_cli.ops.by_block import attend_by_block
@@ -30,8 +35,14 @@ from nsa_cli.ops.selection import pool_importance, select_blocks, select_blocks_
 CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
 """Scores alive at a time. On a CPU a chunk should stay in the cache; on a GPU launches cost more than memory."""
 
+FUSED_MASK_ELEMENTS = 2**26
+"""Up to this many mask entries (bytes) fused attention takes the mask as a tensor, which the backward keeps."""
+
 GATHER_QUERIES = 16
 """Up to this many query tokens a sequence (decoding) gather their keys instead of masking all of them."""
+
+WINDOW_FUSED_UP_TO = 4
+"""Up to this many windows of tokens the band is not cut into chunks."""
 
 MASKED_UP_TO = 4
 """Selected attention masks all keys while there are at most this many times n l' of them; beyond, blocks go outside."""
@@ -203,6 +214,25 @@ def _columns_times(p: Tensor, x: Tensor) -> Tensor:
     return p.view(b, g, r * t, s).transpose(-1, -2) @ x.reshape(b, g, r * t, x.shape[-1])
 
 
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    """softmax(q k^T scale) v by scaled_dot_product_attention; a group's heads are rows of one product.
+
+    q [b, g, r, t, d], already scaled; visible bool [b or 1, g or 1, 1, t, s]. Rows that see nothing give 0.
+    """
+    b, g, r, t, d = q.shape
+    sees = visible.any(-1, keepdim=True)
+    mask = (visible | ~sees).expand(-1, -1, r, -1, -1).flatten(2, 3)
+    out = F.scaled_dot_product_attention(q.reshape(b, g, r * t, d), k, v, attn_mask=mask, scale=1.0)
+    return out.view(b, g, r, t, -1).masked_fill(~sees, 0.0)
+
+
+def _masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, chunk: int, entries: int) -> Tensor:
+    """Attention under a mask of so many entries: fused while the mask is small, else chunk by chunk."""
+    if entries <= FUSED_MASK_ELEMENTS:
+        return _fused_attention(q * scale, k, v, mask.visible(0, q.shape[3], 0, k.shape[2]))
+    return _ChunkedAttention.apply(q, k, v, mask, scale, chunk, None)[0]
+
+
 def _gathered_attention(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, visible: Tensor, scale: float) -> Tensor:
     """Softmax over each query's own list of keys: tokens int64 and visible bool [b, g or 1, t, m]; out [b, g, r, t, e]."""
     b, g = k.shape[:2]
@@ -232,6 +262,7 @@ def _in_order(q: Tensor, positions: Tensor | None) -> tuple[Tensor, bool]:
     return positions, False
 
 
+@torch.compiler.disable
 def compressed_attention(
     q: Tensor, k_cmp: Tensor, v_cmp: Tensor, config: NSAConfig, *, scale: float, positions: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -243,6 +274,7 @@ def compressed_attention(
     return _ungrouped(out), block_indices
 
 
+@torch.compiler.disable
 def selected_attention(
     q: Tensor,
     k: Tensor,
@@ -265,10 +297,11 @@ def selected_attention(
     if keys <= MASKED_UP_TO * config.num_selected * config.select_block:
         mask = SelectedMask(at, in_order, keys, block_indices, config.select_block)
         chunk = _query_chunk(b * h, keys, q.device)
-        return _ungrouped(_ChunkedAttention.apply(grouped, k, v, mask, scale, chunk, None)[0])
+        return _ungrouped(_masked_attention(grouped, k, v, mask, scale, chunk, b * h * t * keys))
     return _ungrouped(attend_by_block(grouped, k, v, block_indices, at.expand(b, t), config.select_block, scale))
 
 
+@torch.compiler.disable
 def window_attention(
     q: Tensor, k: Tensor, v: Tensor, config: NSAConfig, *, scale: float, positions: Tensor | None = None
 ) -> Tensor:
@@ -282,6 +315,8 @@ def window_attention(
         visible = (tokens >= 0) & (tokens < keys)
         return _ungrouped(_gathered_attention(grouped, k, v, tokens, visible, scale))
     mask = WindowMask(at, in_order, keys, config.window)
+    if t <= WINDOW_FUSED_UP_TO * config.window and in_order:
+        return _ungrouped(_masked_attention(grouped, k, v, mask, scale, t, h // k.shape[1] * t * keys))
     # A chunk of about a window's length wastes half of its scores on the corners of the band; shorter ones waste less
     # but make more calls.
     chunk = min(_query_chunk(b * h, min(2 * config.window, keys), q.device), max(config.window, 64))
