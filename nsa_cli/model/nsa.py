@@ -116,7 +116,8 @@ class SparseAttention(nn.Module):
         self, geometry: Geometry, layer: LayerCache | None, k_raw: Tensor, v_raw: Tensor, *keys: Tensor
     ) -> tuple[Tensor, ...]:
         """Compress the blocks that this pass completed, and return the other caches with all blocks so far."""
-        assert layer is not None and geometry.cache is not None
+        assert layer is not None
+        assert geometry.cache is not None
         cache, nsa, device = geometry.cache, self.nsa, k_raw.device
         tokens = geometry.positions.shape[1]
         pairs = [

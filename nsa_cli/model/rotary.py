@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 
 import torch
-from rotary_embedding_torch import RotaryEmbedding, apply_rotary_emb
+from rotary_embedding_torch.rotary_embedding_torch import RotaryEmbedding, apply_rotary_emb
 from torch import Tensor
 
 
@@ -22,9 +22,9 @@ class Rotary:
         with torch.device("cpu"):
             exponents = torch.arange(0, dim_head, 2, dtype=torch.float64) / dim_head
             frequencies = torch.tensor(theta, dtype=torch.float64) ** -exponents
-            self._embedding = RotaryEmbedding(
-                dim_head, custom_freqs=frequencies, cache_if_possible=False, cache_max_seq_len=1
-            )
+            # The package divides by dim - 2 for a rescaling that is off here; its frequencies are the ones given.
+            width = max(dim_head, 4)
+            self._embedding = RotaryEmbedding(width, custom_freqs=frequencies, cache_if_possible=False, cache_max_seq_len=1)
 
     def angles(self, positions: Tensor) -> Tensor:
         """Integer positions [..] -> float32 angles [.., d] in [0, 2 pi), each pair of channels sharing one."""

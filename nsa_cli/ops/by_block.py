@@ -64,8 +64,7 @@ class _ByBlock(torch.autograd.Function):
                 order, first = _lists(block_indices[i_b, i_g], -(-keys // select_block))
                 lists.append((order, first))
                 rows, at = (q[i_b, i_g].to(dtype) * scale).contiguous(), positions[i_b]
-                # The running maximum starts at a finite number, so that exp(-inf - top) is 0 for rows that see nothing.
-                top = torch.full((t, r, 1), torch.finfo(dtype).min / 4, dtype=dtype, device=q.device)
+                top = torch.full((t, r, 1), -torch.inf, dtype=dtype, device=q.device)
                 total = torch.zeros_like(top)
                 acc = torch.zeros(t, r, e, dtype=dtype, device=q.device)
                 for queries, span in _blocks(order, first, select_block, keys):
@@ -74,7 +73,9 @@ class _ByBlock(torch.autograd.Function):
                     scores = scores.masked_fill_(_hidden(queries, span, at), -torch.inf)
                     old = top[queries]
                     new = torch.maximum(old, scores.amax(-1, keepdim=True))
-                    p, decay = scores.sub_(new).exp_(), (old - new).exp_()
+                    # A row that has seen nothing yet has no maximum to subtract: -inf - 0 keeps its weights at 0.
+                    shift = new.masked_fill(new == -torch.inf, 0.0)
+                    p, decay = scores.sub_(shift).exp_(), (old - shift).exp_()
                     top[queries] = new
                     total[queries] = total[queries] * decay + p.sum(-1, keepdim=True)
                     acc[queries] = acc[queries] * decay + (p.view(-1, p.shape[-1]) @ v_j).view(len(queries), r, e)

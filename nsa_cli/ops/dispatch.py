@@ -6,6 +6,7 @@ The algorithm is in the kernels' own modules; here is only what all of them shar
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ def compressed_attention(
     are not complete at a position are never read. Left out, the queries are tokens 0 .. t - 1.
     Raises ValueError for wrong shapes or dtypes, NsaError (exit 5) for a kernel that cannot run here.
     """
-    _check_attention("k_cmp", q, k_cmp, v_cmp, positions)
+    _check_attention(("q", "k_cmp", "v_cmp"), q, k_cmp, v_cmp, positions)
     _, scale = _resolve(q, scale, kernel)
     if cu_seqlens is not None:
         # Every document on its own: correct for any mixture of lengths, at a loop's price.
@@ -97,11 +98,11 @@ def selected_attention(
     most once a query; one selection serves the G heads of a group. out: [b, h, t, e]. A query that sees nothing gets 0.
     scale, kernel, cu_seqlens, positions and errors as in `compressed_attention`; without positions s equals t.
     """
-    _check_attention("k", q, k, v, positions)
+    _check_attention(("q", "k", "v"), q, k, v, positions)
     expected = (k.shape[0], k.shape[1], q.shape[2], config.num_selected)
-    if tuple(block_indices.shape) != expected or block_indices.dtype != torch.int32:
-        got = f"{block_indices.dtype} {tuple(block_indices.shape)}"
-        raise ValueError(f"block_indices is {got}: must be torch.int32 [b, g, t, n] = {expected}")
+    if (tuple(block_indices.shape), block_indices.dtype, block_indices.device) != (expected, torch.int32, q.device):
+        rule = f"torch.int32 [b, g, t, n] = {expected} on {q.device}"
+        raise ValueError(f"block_indices is {_describe(block_indices)}: must be {rule}")
     name, scale = _resolve(q, scale, kernel)
     if cu_seqlens is not None:
         parts = [
@@ -132,7 +133,7 @@ def window_attention(
     q: [b, h, t, d]. k: [b, g, s, d]. v: [b, g, s, e]. out: [b, h, t, e].
     scale, kernel, cu_seqlens, positions and errors as in `compressed_attention`; without positions s equals t.
     """
-    _check_attention("k", q, k, v, positions)
+    _check_attention(("q", "k", "v"), q, k, v, positions)
     name, scale = _resolve(q, scale, kernel)
     if cu_seqlens is not None:
         parts = [
@@ -193,14 +194,17 @@ def nsa_attention_and_selection(
     positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`nsa_attention`, and the block_indices [b, g, t, n] that it attended to (for those who look into a model)."""
-    if gates.shape != (*q.shape[:3], 3):
-        raise ValueError(f"gates is {tuple(gates.shape)}: must be [b, h, t, 3] = {(*q.shape[:3], 3)}")
-    _, scale = _resolve(q, scale, kernel)
     q_cmp = q if q_cmp is None else q_cmp
     k_win = k if k_win is None else k_win
     v_win = v if v_win is None else v_win
-    if q_cmp.shape[:3] != q.shape[:3]:
-        raise ValueError(f"q_cmp is {tuple(q_cmp.shape)}: must agree with q {tuple(q.shape)} in b, h and t")
+    _check_attention(("q", "k", "v"), q, k, v, positions)
+    _check_attention(("q", "k_win", "v_win"), q, k_win, v_win, positions)
+    _check_attention(("q_cmp", "k_cmp", "v_cmp"), q_cmp, k_cmp, v_cmp, positions)
+    _, scale = _resolve(q, scale, kernel)
+    if q_cmp.shape[:3] != q.shape[:3] or q_cmp.dtype != q.dtype or q_cmp.device != q.device:
+        raise ValueError(f"q_cmp is {_describe(q_cmp)}: must agree with q, {_describe(q)}, in all but the head dim")
+    if gates.shape != (*q.shape[:3], 3) or not gates.is_floating_point() or gates.device != q.device:
+        raise ValueError(f"gates is {_describe(gates)}: must be floating, [b, h, t, 3] = {(*q.shape[:3], 3)}, on {q.device}")
     if not v.shape[-1] == v_win.shape[-1] == v_cmp.shape[-1]:
         dims = f"v {v.shape[-1]}, v_win {v_win.shape[-1]}, v_cmp {v_cmp.shape[-1]}"
         raise ValueError(f"the branches' values are added up and must share a head dim: {dims}")
@@ -222,32 +226,36 @@ def _resolve(q: Tensor, scale: float | None, kernel: str) -> tuple[str, float]:
     return name, q.shape[-1] ** -0.5 if scale is None else float(scale)
 
 
-def _check_attention(key: str, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None) -> None:
-    value = key.replace("k", "v", 1)
-    for name, x in (("q", q), (key, k), (value, v)):
+def _describe(x: Tensor) -> str:
+    return f"{x.dtype} {tuple(x.shape)} on {x.device}"
+
+
+def _check_attention(names: tuple[str, str, str], q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None) -> None:
+    """Raise ValueError, in the caller's names, unless q, k and v make one attention (k_cmp's length is checked elsewhere)."""
+    q_name, k_name, v_name = names
+    for name, x in zip(names, (q, k, v), strict=True):
         if x.ndim != 4:
             raise ValueError(f"{name} has shape {tuple(x.shape)}: must be [batch, heads, tokens, dim_head]")
         if not x.is_floating_point():
             raise ValueError(f"{name} is {x.dtype}: must be a floating dtype")
         if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"{name} is {x.dtype} on {x.device}: must be like q, {q.dtype} on {q.device}")
+            raise ValueError(f"{name} is {x.dtype} on {x.device}: must be like {q_name}, {q.dtype} on {q.device}")
     if q.shape[0] != k.shape[0]:
-        raise ValueError(f"{key} has batch {k.shape[0]}: must be q's, {q.shape[0]}")
+        raise ValueError(f"{k_name} has batch {k.shape[0]}: must be {q_name}'s, {q.shape[0]}")
     if k.shape[1] < 1 or q.shape[1] % k.shape[1] != 0:
-        raise ValueError(f"{key} has {k.shape[1]} heads: must divide q's {q.shape[1]}")
+        raise ValueError(f"{k_name} has {k.shape[1]} heads: must divide {q_name}'s {q.shape[1]}")
     if k.shape[3] != q.shape[3]:
-        raise ValueError(f"{key} has head dim {k.shape[3]}: must be q's, {q.shape[3]}")
+        raise ValueError(f"{k_name} has head dim {k.shape[3]}: must be {q_name}'s, {q.shape[3]}")
     if v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"{value} is {tuple(v.shape)}: must agree with {key} {tuple(k.shape)} in all but the head dim")
+        raise ValueError(f"{v_name} is {tuple(v.shape)}: must agree with {k_name} {tuple(k.shape)} in all but the head dim")
     if q.shape[2] < 1:
-        raise ValueError("q has no tokens: must have at least one")
+        raise ValueError(f"{q_name} has no tokens: must have at least one")
     if positions is not None:
         shape = (q.shape[0], q.shape[2])
         if tuple(positions.shape) != shape or positions.dtype != torch.int64:
-            got = f"{positions.dtype} {tuple(positions.shape)}"
-            raise ValueError(f"positions is {got}: must be torch.int64 [b, t] = {shape}")
-    elif key == "k" and k.shape[2] != q.shape[2]:
-        raise ValueError(f"k has {k.shape[2]} tokens and q {q.shape[2]}: must be equal, or give positions")
+            raise ValueError(f"positions is {_describe(positions)}: must be torch.int64 [b, t] = {shape}")
+    elif k_name != "k_cmp" and k.shape[2] != q.shape[2]:
+        raise ValueError(f"{k_name} has {k.shape[2]} tokens and {q_name} {q.shape[2]}: must be equal, or give positions")
 
 
 def _check_blocks(k_cmp: Tensor, expected: int, tokens: int) -> None:
@@ -263,17 +271,22 @@ def _documents(
         raise ValueError("positions and cu_seqlens exclude each other: packed documents count from 0")
     if q.shape[0] != 1:
         raise ValueError(f"q has batch {q.shape[0]}: must be 1 with cu_seqlens")
-    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype != torch.int32:
-        got = f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
-        raise ValueError(f"cu_seqlens is {got}: must be torch.int32 [documents + 1]")
-    ends = cu_seqlens.tolist()
-    if ends[0] != 0 or ends[-1] != q.shape[2] or any(a > b for a, b in zip(ends, ends[1:], strict=False)):
-        raise ValueError(f"cu_seqlens runs from {ends[0]} to {ends[-1]}: must ascend from 0 to q's {q.shape[2]} tokens")
-    counts = [config.num_compressed(b - a) for a, b in zip(ends, ends[1:], strict=False)]
+    ends = document_ends(cu_seqlens, q.shape[2])
+    counts = [config.num_compressed(stop - start) for start, stop in pairwise(ends)]
     if k_cmp is not None:
         _check_blocks(k_cmp, sum(counts), q.shape[2])
     block = 0
-    for start, stop, count in zip(ends, ends[1:], counts, strict=False):
+    for (start, stop), count in zip(pairwise(ends), counts, strict=True):
         if stop > start:
             yield slice(start, stop), slice(block, block + count)
         block += count
+
+
+def document_ends(cu_seqlens: Tensor, tokens: int) -> list[int]:
+    """cu_seqlens, int32 [documents + 1] ascending from 0 to `tokens`, as a list; anything else raises ValueError."""
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype != torch.int32:
+        raise ValueError(f"cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}: must be torch.int32 [documents + 1]")
+    ends: list[int] = cu_seqlens.tolist()
+    if ends[0] != 0 or ends[-1] != tokens or any(start > stop for start, stop in pairwise(ends)):
+        raise ValueError(f"cu_seqlens runs from {ends[0]} to {ends[-1]}: must ascend from 0 to the {tokens} tokens")
+    return ends

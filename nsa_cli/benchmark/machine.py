@@ -1,0 +1,103 @@
+"""The machine a report was made on: its name, its software, and the ceilings that it reaches in this very process."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nsa_cli import __version__
+from nsa_cli.benchmark.timing import Clock, Timing, measure
+
+MATMUL_SIZES = (512, 1024, 2048, 4096, 8192)
+MATMUL_S = 0.1
+"""The largest product that takes about this long at most: bf16 without hardware for it is a hundred times slower."""
+COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ceilings:
+    """What this device reaches: FLOP/s of one large square matrix product in the report's dtype, bytes/s (read and
+    written) of one large copy. From the 10th percentile of the times, not the median: a ceiling is a good case."""
+
+    flops_per_s: float
+    bytes_per_s: float
+
+    def share(self, flops: float, moved_bytes: float, seconds: float) -> float:
+        """Share of the roofline: the least time that either ceiling allows for the work, over the time it took."""
+        return max(flops / self.flops_per_s, moved_bytes / self.bytes_per_s) / seconds
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype, clock: Clock, *, budget_s: float = 0.5) -> Ceilings:
+    """Time a large matrix product and a large copy on the device."""
+    size, product = _largest_product(device, dtype, clock, budget_s)
+    source = torch.ones(COPY_BYTES.get(device.type, 2**28) // 4, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    copy = measure(lambda: target.copy_(source), clock=clock, budget_s=budget_s, max_repeats=30)
+    return Ceilings(flops_per_s=2 * size**3 / product.p10_s, bytes_per_s=2 * source.nbytes / copy.p10_s)
+
+
+def _largest_product(device: torch.device, dtype: torch.dtype, clock: Clock, budget_s: float) -> tuple[int, Timing]:
+    """Size and timing of the largest square product that takes at most about MATMUL_S."""
+    size = MATMUL_SIZES[0]
+    for size in MATMUL_SIZES:
+        a = torch.randn(size, size, device=device).to(dtype)
+        multiply = partial(torch.mm, a, a, out=torch.empty_like(a))
+        multiply()
+        if size == MATMUL_SIZES[-1] or 8 * clock.seconds(multiply) > MATMUL_S:
+            break
+    return size, measure(multiply, clock=clock, budget_s=budget_s, max_repeats=30)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a reader needs to judge a figure: versions, device, processor, threads. JSON values only."""
+    facts: dict[str, Any] = {
+        "nsa": __version__,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device.type,
+        "device_name": processor_name(),
+        "cpu": processor_name(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts |= {
+            "device_name": properties.name,
+            "device_memory_bytes": properties.total_memory,
+            "capability": f"{properties.major}.{properties.minor}",
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        }
+    return facts
+
+
+def processor_name() -> str:
+    """The processor's own name, or its architecture where the system does not tell."""
+    if sys.platform == "linux":
+        try:
+            lines = Path("/proc/cpuinfo").read_text().splitlines()
+        except OSError:
+            lines = []
+        for line in lines:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

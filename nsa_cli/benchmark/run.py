@@ -1,0 +1,87 @@
+"""The benchmark from options to report: the device, the kernel, the measurements, the gates."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from nsa_cli.benchmark.machine import environment, measure_ceilings
+from nsa_cli.benchmark.measuring import Bench
+from nsa_cli.benchmark.options import BenchOptions
+from nsa_cli.benchmark.regression import check_comparable, compare_reports
+from nsa_cli.benchmark.report import BenchReport, find_crossovers, load_report, parity_gate
+from nsa_cli.benchmark.runner import Runner
+from nsa_cli.benchmark.timing import Deadline, make_clock
+from nsa_cli.errors import ExitCode, NsaError
+from nsa_cli.ops.dispatch import resolve_kernel
+
+
+def run_bench(options: BenchOptions, *, progress: Callable[[str], None] = lambda text: None) -> BenchReport:
+    """Measure everything `options` asks for on this machine; progress is told, in a few words, what runs.
+
+    Errors: NsaError with exit code 5 for a device or kernel that is not available, 3 for an earlier report that
+    cannot be read or compared. A failed gate (parity, regression) is no error: it is in the report, whose `ok` is
+    then False.
+    """
+    device = _device(options.device)
+    kernel, _ = resolve_kernel(options.kernel, device, allow_fallback=False)
+    dtype = _dtype(options.dtype, device)
+    shape = options.shape(device.type)
+    asked, dtype_name = options.to_dict(), str(dtype).removeprefix("torch.")
+    sizes = {**dataclasses.asdict(shape), "batch": options.batch, "dtype": dtype_name, "nsa": asked["nsa"]}
+    old = None if options.compare is None else load_report(options.compare)
+    if old is not None:
+        check_comparable(old, sizes, str(options.compare))
+    deadline, clock = Deadline(options.limit_s), make_clock(device)
+    progress("measuring the ceilings of this machine")
+    on_gpu = device.type == "cuda"
+    current = torch.cuda.device(device) if on_gpu else nullcontext()
+    with current, torch.random.fork_rng(devices=[device] if on_gpu else []):
+        torch.manual_seed(options.seed)
+        ceilings = measure_ceilings(device, dtype, clock)
+        bench = Bench(device, dtype, clock, ceilings, deadline, options.budget_s)
+        runner = Runner(options, shape, kernel, bench, progress)
+        runner.run()
+    rows = tuple(runner.rows)
+    facts = environment(device)
+    gates, comparison = [parity_gate(rows)], tuple[dict[str, Any], ...]()
+    if old is not None:
+        comparison, gate = compare_reports(old, rows, facts["device_name"], options.tolerance)
+        gates.append(gate)
+    return BenchReport(
+        environment=facts,
+        config={**asked, "kernel": kernel, "device": str(device), "shape": sizes},
+        ceilings={"flops_per_s": ceilings.flops_per_s, "bytes_per_s": ceilings.bytes_per_s},
+        methods={"time": clock.method, "memory": bench.memory_method},
+        rows=rows,
+        crossovers=find_crossovers(rows),
+        gates=tuple(gates),
+        notices=tuple(runner.notices),
+        comparison=comparison,
+        elapsed_s=deadline.elapsed_s,
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise NsaError(f"--device {name}: no such device", "use cpu, cuda or auto", ExitCode.USAGE) from error
+    usable = device.type == "cpu" or (
+        device.type == "cuda" and torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
+    )
+    if not usable:
+        raise NsaError(f"--device {name}: not available here", "use --device cpu", ExitCode.UNAVAILABLE)
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

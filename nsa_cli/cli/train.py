@@ -1,0 +1,216 @@
+"""`nsa train`: settings in, a checkpoint out."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from nsa_cli.cli import options
+from nsa_cli.cli.resolve import Resolved, load
+from nsa_cli.config import PRESETS, ModelConfig, NSAConfig, TrainConfig
+from nsa_cli.errors import ExitCode, NsaError
+
+if TYPE_CHECKING:
+    from nsa_cli.data import Tokenizer
+    from nsa_cli.training import RunPaths, TrainResult
+
+
+def train(
+    ctx: typer.Context,
+    data: options.Data,
+    preset: options.PresetName = "tiny",
+    sparse: options.Sparse = False,
+    dim: options.Dim = None,
+    depth: options.Depth = None,
+    heads: options.Heads = None,
+    kv_heads: options.KvHeads = None,
+    dim_head: options.DimHead = None,
+    context: options.Context = None,
+    ff: options.Ff = None,
+    ff_mult: options.FfMult = None,
+    dropout: options.Dropout = None,
+    tie_embeddings: options.TieEmbeddings = None,
+    rope_theta: options.RopeTheta = None,
+    compress_block: options.CompressBlock = None,
+    compress_stride: options.CompressStride = None,
+    select_block: options.SelectBlock = None,
+    num_selected: options.NumSelected = None,
+    num_init: options.NumInit = None,
+    num_local: options.NumLocal = None,
+    window: options.Window = None,
+    compress: options.Compress = None,
+    branch_kv: options.BranchKv = None,
+    compress_rope: options.CompressRopeName = None,
+    steps: options.Steps = None,
+    batch_tokens: options.BatchTokens = None,
+    micro_batch_tokens: options.MicroBatchTokens = None,
+    lr: options.Lr = None,
+    min_lr_ratio: options.MinLrRatio = None,
+    schedule: options.ScheduleName = None,
+    warmup: options.Warmup = None,
+    decay_ratio: options.DecayRatio = None,
+    weight_decay: options.WeightDecay = None,
+    beta1: options.Beta1 = None,
+    beta2: options.Beta2 = None,
+    grad_clip: options.GradClip = None,
+    tokenizer: options.TokenizerFile = None,
+    text_key: options.TextKey = "text",
+    val_fraction: options.ValFraction = None,
+    out: options.Out = Path("ckpt.safetensors"),
+    resume: options.Resume = None,
+    overwrite: options.Overwrite = False,
+    save_every: options.SaveEvery = None,
+    log_every: options.LogEvery = None,
+    eval_every: options.EvalEvery = None,
+    eval_tokens: options.EvalTokens = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    kernel: options.KernelName = "auto",
+    compile: options.Compile = None,
+    seed: options.Seed = 1337,
+    config: options.Config = None,
+) -> int:
+    """Train a model on DATA and print its checkpoint's path.
+
+    Beside ckpt.safetensors stand ckpt.best.safetensors (best on the held-out tail), ckpt.state.safetensors (all that
+    --resume needs) and ckpt.metrics.jsonl. Ctrl-C saves the state and ends with 130.
+    """
+    return run(data, load(ctx))
+
+
+def run(data: list[str], settings: Resolved) -> int:
+    """Train as the settings say; 0, or 130 and 143 for a run that a signal ended with its state saved."""
+    from nsa_cli.training.run import RunPaths
+
+    resume: Path | None = settings["resume"]
+    paths = RunPaths.beside(settings["out"])
+    if resume is None:
+        if not settings["overwrite"]:
+            paths.refuse_existing()
+    elif not settings.chosen("out"):
+        paths = RunPaths.of_run(resume)
+    result = _train(data, settings, paths)
+    return 128 + result.signal if result.signal is not None else 0
+
+
+def _train(data: list[str], settings: Resolved, paths: RunPaths) -> TrainResult:
+    from nsa_cli.cli import output
+    from nsa_cli.cli.machine import find_machine
+    from nsa_cli.data import load_corpus
+    from nsa_cli.training import train as train_model
+
+    messages = output.Messages(quiet=settings["quiet"])
+    resume: Path | None = settings["resume"]
+    if resume is not None:
+        _continue(settings, resume)
+    tokenizer = _tokenizer(settings)
+    model_config, train_config = configurations(settings, tokenizer.vocab_size)
+    if settings["verbose"]:
+        messages.list_settings(settings.report())
+    machine = find_machine(settings, allow_fallback=True)
+    if machine.notice:
+        messages.notice(machine.notice)
+    if "-" in data and sys.stdin.isatty():
+        messages.notice("reading the training text from the terminal; Ctrl-D ends it")
+    corpus = load_corpus(
+        data,
+        tokenizer,
+        val_fraction=train_config.val_fraction,
+        context=model_config.context,
+        text_key=settings["text_key"],
+        stdin=sys.stdin.buffer,
+    )
+    with output.TrainingReporter(messages, json_lines=settings["json"]) as reporter:
+        result = train_model(
+            model_config,
+            train_config,
+            corpus,
+            paths=paths,
+            device=machine.device,
+            kernel=machine.kernel,
+            dtype=machine.dtype,
+            resume=resume,
+            overwrite=settings["overwrite"],
+            reporter=reporter,
+            notices=[machine.notice] if machine.notice else [],
+        )
+    if settings["json"]:
+        output.write_json({"checkpoint": str(paths.last)})
+    else:
+        output.write_line(str(paths.last))
+    return result
+
+
+def _continue(settings: Resolved, resume: Path) -> None:
+    """The resumed run's own configurations in place of preset and defaults: --resume needs no other flag repeated."""
+    from nsa_cli.training import run_settings
+
+    model, recipe = run_settings(resume)
+    saved = {
+        **vars(model),
+        **(vars(model.nsa) if model.nsa is not None else {}),
+        **vars(recipe),
+        "sparse": model.nsa is not None,
+    }
+    for name, value in saved.items():
+        if name in settings.flags and not settings.chosen(name):
+            settings.derive(name, value, f"from {resume}")
+
+
+def _tokenizer(settings: Resolved) -> Tokenizer:
+    """--tokenizer's, else the resumed checkpoint's, else bytes."""
+    from nsa_cli.checkpoint import read_info
+    from nsa_cli.data import load_tokenizer
+    from nsa_cli.training.run import RunPaths
+
+    resume: Path | None = settings["resume"]
+    if settings["tokenizer"] is None and resume is not None and (last := RunPaths.of_run(resume).last).exists():
+        return read_info(last).tokenizer
+    return load_tokenizer(None if settings["tokenizer"] is None else str(settings["tokenizer"]))
+
+
+def configurations(settings: Resolved, vocab_size: int) -> tuple[ModelConfig, TrainConfig]:
+    """The two configurations of a run. NsaError (exit 2, or 3 for the config file's) names a wrong value's flag."""
+    _refuse_sparse_flags(settings)
+    _fit_heads(settings)
+    _fit_batch(settings)
+    nsa = settings.make(NSAConfig) if settings["sparse"] else None
+    return settings.make(ModelConfig, vocab_size=vocab_size, nsa=nsa), settings.make(TrainConfig)
+
+
+def _refuse_sparse_flags(settings: Resolved) -> None:
+    if settings["sparse"]:
+        return
+    for field in dataclasses.fields(NSAConfig):
+        # Only on the command line: one config file or environment may serve dense and sparse runs.
+        if settings.origins[field.name].kind == "flag":
+            flag = settings.flags[field.name]
+            message = f"{flag} {settings[field.name]} shapes sparse attention, and this run is dense"
+            raise NsaError(message, f"add --sparse, or leave {flag} out", ExitCode.USAGE)
+
+
+def _fit_heads(settings: Resolved) -> None:
+    """--heads alone keeps the preset's group size where it divides, else gives every head its own keys and values."""
+    if settings.chosen("heads") and settings.origins["kv_heads"].kind == "preset":
+        preset = PRESETS[settings["preset"]]["model"]
+        group = preset["heads"] // preset["kv_heads"]
+        heads = settings["heads"]
+        settings.derive("kv_heads", heads // group if heads % group == 0 else heads, "from --heads")
+
+
+def _fit_batch(settings: Resolved) -> None:
+    """The preset's tokens a step, rounded down to whole windows of the context that the user chose, at least one."""
+    if not settings.chosen("context"):
+        return
+    context = settings["context"]
+    for name in ("batch_tokens", "micro_batch_tokens"):
+        tokens = settings[name]
+        if context > 0 and tokens is not None and settings.origins[name].kind in ("preset", "default"):
+            settings.derive(name, max(1, tokens // context) * context, "from --seq-len")

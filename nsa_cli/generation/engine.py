@@ -1,0 +1,374 @@
+"""Token ids in, token ids out: batched decoding with a key/value cache.
+
+Prompts of unequal lengths are padded on the right and read together; then every sequence of the batch takes one token
+a step. The continuations of a prompt share its reading, and a finished sequence leaves the batch. What a prompt gets
+depends on the seed, its index and the continuation's number: the noise is a function of them alone, and the logits
+differ between batches by rounding only. No text here: stopping is up to the caller, token by token.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from nsa_cli.errors import ExitCode, NsaError
+from nsa_cli.generation.sampling import GumbelSource, SamplingConfig, choose, log_probabilities
+from nsa_cli.model import Transformer
+
+FinishReason = Literal["stop", "length", "interrupted"]
+OnToken = Callable[[int, int, int], bool]
+ShouldStop = Callable[[], bool]
+
+TOKEN_BUDGET = 1 << 15
+"""Tokens, padding and continuations included, that one batch may come to hold in the cache."""
+MAX_ROWS = 128
+PREFILL_TOKENS = 8192
+"""Prompt tokens of a batch that one forward pass reads."""
+_LOGITS_BUDGET = 1 << 27
+_WINDOW = 8 * MAX_ROWS
+_RESERVED_TOKENS = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Continuation:
+    """One finished continuation. prompt: the prompt's index. continuation: its number, from 0.
+
+    tokens: the ids drawn, the one that stopped it included. logprobs: the model's own log-probability of each in
+    nats, if asked for. finish_reason: "stop" (the caller's on_token said so), "length" (max_tokens) or "interrupted".
+    elapsed_s: from the start of its batch's prefill.
+    """
+
+    prompt: int
+    continuation: int
+    tokens: list[int]
+    logprobs: list[float] | None
+    finish_reason: FinishReason
+    elapsed_s: float
+
+
+@dataclass
+class GenerationStats:
+    """Totals of one call. prefill_s and decode_s are wall-clock seconds; cache_bytes is the largest cache held."""
+
+    prompt_tokens: int = 0
+    tokens: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    cache_bytes: int = 0
+    interrupted: bool = False
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens drawn a second of decoding; 0 when none were."""
+        return self.tokens / self.decode_s if self.decode_s > 0 else 0.0
+
+
+class _Interrupted(Exception):
+    """should_stop answered true in the middle of a prefill."""
+
+
+def generate(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    config: SamplingConfig,
+    *,
+    on_token: OnToken | None = None,
+    should_stop: ShouldStop | None = None,
+    use_cache: bool = True,
+    logprobs: bool = False,
+    vocab_size: int | None = None,
+) -> list[Continuation]:
+    """Continuations of every prompt, in the order of (prompt, continuation). `decode` says what the arguments mean.
+
+    Interrupted, the list holds what had been begun.
+    """
+    found: list[Continuation] = []
+    decode(
+        model,
+        prompts,
+        config,
+        on_finish=found.append,
+        on_token=on_token,
+        should_stop=should_stop,
+        use_cache=use_cache,
+        logprobs=logprobs,
+        vocab_size=vocab_size,
+    )
+    return sorted(found, key=lambda c: (c.prompt, c.continuation))
+
+
+def decode(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    config: SamplingConfig,
+    *,
+    on_finish: Callable[[Continuation], None],
+    on_token: OnToken | None = None,
+    should_stop: ShouldStop | None = None,
+    use_cache: bool = True,
+    logprobs: bool = False,
+    vocab_size: int | None = None,
+    token_budget: int = TOKEN_BUDGET,
+    prefill_tokens: int = PREFILL_TOKENS,
+) -> GenerationStats:
+    """Draw config.continuations continuations of every prompt and hand each to on_finish as it ends, in no fixed order.
+
+    prompts: token ids, at least one each. on_token(prompt, continuation, id) sees every token as it is drawn and ends
+    the sequence with "stop" by returning True. should_stop is polled between forward passes; once true, the sequences
+    in hand finish as "interrupted" and the rest is not begun. use_cache=False recomputes the full forward pass for
+    every token. vocab_size: draw ids below it only. token_budget: padded tokens of a batch, prompts and room for
+    continuations; a prompt that exceeds it goes alone. prefill_tokens: prompt tokens of a batch in one forward pass.
+
+    The model is in eval mode meanwhile. ValueError for an empty prompt or an id that the model does not know; NsaError
+    (exit 3) if its logits are not finite.
+    """
+    _check_prompts(prompts, model.config.vocab_size)
+    vocab = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
+    run = _Run(model, config, on_finish, on_token, should_stop, logprobs, vocab)
+    rows = [len(prompt) + config.max_tokens for prompt in prompts]
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for batch in plan_batches(rows, config.continuations, token_budget):
+                chunk = max(1, min(prefill_tokens, _LOGITS_BUDGET // model.config.vocab_size) // len(batch))
+                width = max(rows[i] for i in batch)
+                wave = max(1, min(MAX_ROWS, token_budget // width))
+                run.batch([(i, prompts[i]) for i in batch], wave, chunk, use_cache)
+                if run.stats.interrupted:
+                    break
+    finally:
+        model.train(training)
+    return run.stats
+
+
+def plan_batches(rows: Sequence[int], continuations: int, token_budget: int) -> Iterator[list[int]]:
+    """Indices of prompts that are decoded together, so that the widest row times the number of rows is within the
+    budget.
+
+    rows: tokens that each prompt's row comes to hold. Prompts of like length go together, but only inside windows of
+    consecutive ones, since output is in input order and the first answers should not wait for the last prompt.
+    """
+    for first in range(0, len(rows), _WINDOW):
+        window = sorted(range(first, min(first + _WINDOW, len(rows))), key=lambda i: rows[i])
+        batch: list[int] = []
+        batches: list[list[int]] = [batch]
+        for i in window:
+            count = (len(batch) + 1) * continuations
+            if batch and (count > MAX_ROWS or count * rows[i] > token_budget):
+                batch = []
+                batches.append(batch)
+            batch.append(i)
+        yield from sorted((sorted(batch) for batch in batches), key=lambda batch: batch[0])
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]], vocab: int) -> None:
+    for i, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"prompt {i} has no tokens: a continuation needs at least one to start from")
+        if not 0 <= min(prompt) <= max(prompt) < vocab:
+            wrong = next(token for token in prompt if not 0 <= token < vocab)
+            raise ValueError(f"prompt {i} holds token {wrong}: the model knows 0 to {vocab - 1}")
+
+
+class _Decoder(Protocol):
+    """Some sequences, and how they grow by a token."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def step(self, ids: Tensor) -> Tensor:
+        """Append one token to every row (ids int64 [rows]); logits float32 [rows, vocab] of what follows."""
+
+    def select(self, rows: Tensor) -> _Decoder:
+        """These rows, which may repeat, as a decoder of its own."""
+
+
+class _Cached:
+    """Rows that live in a key/value cache."""
+
+    def __init__(self, model: Transformer, cache: Any) -> None:
+        self._model, self._cache = model, cache
+
+    @property
+    def nbytes(self) -> int:
+        return int(self._cache.nbytes)
+
+    def step(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self._model(ids[:, None], cache=self._cache)
+        return logits[:, -1]
+
+    def select(self, rows: Tensor) -> _Cached:
+        return _Cached(self._model, self._cache.select(rows))
+
+
+class _Recomputed:
+    """Rows that are kept as token ids and read anew at every step: slow, and the cache's measure."""
+
+    nbytes = 0
+
+    def __init__(self, model: Transformer, rows: list[list[int]]) -> None:
+        self._model, self._rows = model, rows
+
+    def logits(self) -> Tensor:
+        last = torch.tensor([len(row) - 1 for row in self._rows], device=self._model.device)
+        logits: Tensor = self._model(_padded(self._rows, self._model.device))
+        return logits[torch.arange(len(self._rows), device=last.device), last]
+
+    def step(self, ids: Tensor) -> Tensor:
+        for row, token in zip(self._rows, ids.tolist(), strict=True):
+            row.append(token)
+        return self.logits()
+
+    def select(self, rows: Tensor) -> _Recomputed:
+        return _Recomputed(self._model, [list(self._rows[i]) for i in rows.tolist()])
+
+
+def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """int64 [rows, longest], padded on the right with token 0."""
+    width = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.as_tensor(row, dtype=torch.int64)
+    return ids.to(device)
+
+
+@dataclass
+class _Row:
+    """One sequence of the batch while it grows."""
+
+    prompt: int
+    continuation: int
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    done: bool = False
+
+
+@dataclass
+class _Run:
+    """What every batch of one `decode` call has in common."""
+
+    model: Transformer
+    config: SamplingConfig
+    on_finish: Callable[[Continuation], None]
+    on_token: OnToken | None
+    should_stop: ShouldStop | None
+    logprobs: bool
+    vocab: int
+    stats: GenerationStats = field(default_factory=GenerationStats)
+
+    def batch(self, prompts: Sequence[tuple[int, Sequence[int]]], wave: int, chunk: int, use_cache: bool) -> None:
+        """Read some (index, ids) together, `chunk` tokens of each at a time, then draw `wave` continuations at a
+        time."""
+        started = time.perf_counter()
+        decoder: _Decoder
+        try:
+            if use_cache:
+                decoder, logits = self._prefill([ids for _, ids in prompts], chunk)
+            else:
+                decoder = _Recomputed(self.model, [list(ids) for _, ids in prompts])
+                logits = decoder.logits()
+        except _Interrupted:
+            self.stats.interrupted = True
+            return
+        logits = logits[:, : self.vocab]
+        if not bool(logits.isfinite().all()):
+            message = "the model's logits are not finite: its weights hold infinities or NaN, or overflow in this dtype"
+            raise NsaError(message, "use an earlier checkpoint, or try --dtype float32", ExitCode.BAD_INPUT)
+        self.stats.prefill_s += time.perf_counter() - started
+        self.stats.prompt_tokens += sum(len(ids) for _, ids in prompts)
+
+        jobs = [(row, number) for row in range(len(prompts)) for number in range(self.config.continuations)]
+        for first in range(0, len(jobs), wave):
+            part = jobs[first : first + wave]
+            rows = [_Row(prompts[row][0], number) for row, number in part]
+            if len(part) == len(prompts) == len(jobs):
+                self._draw(decoder, logits, rows, started)
+            else:
+                places = torch.tensor([row for row, _ in part], device=logits.device)
+                self._draw(decoder.select(places), logits[places], rows, started)
+            if self.stats.interrupted:
+                return
+
+    def _prefill(self, prompts: Sequence[Sequence[int]], chunk: int) -> tuple[_Cached, Tensor]:
+        """A cache that holds the prompts, and the logits after each one's last token, float32 [rows, vocab]."""
+        ids = _padded(prompts, self.model.device)
+        rows, width = ids.shape
+        cache = self.model.make_cache(rows, width + min(self.config.max_tokens, _RESERVED_TOKENS))
+        last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=ids.device)
+        found = torch.empty(rows, self.model.config.vocab_size, dtype=torch.float32, device=ids.device)
+        for start in range(0, width, chunk):
+            if self._stopping():
+                raise _Interrupted
+            logits = self.model(ids[:, start : start + chunk], cache=cache)
+            here = ((last >= start) & (last < start + chunk)).nonzero()[:, 0]
+            found[here] = logits[here, last[here] - start].float()
+        cache.set_lengths(last + 1)
+        return _Cached(self.model, cache), found
+
+    def _draw(self, decoder: _Decoder, logits: Tensor, rows: list[_Row], started: float) -> None:
+        """One token a row a step, from the logits of what follows each, until every row has ended."""
+        config, decode_started = self.config, time.perf_counter()
+        gumbel: GumbelSource | None = None
+        if config.temperature > 0:
+            streams = [(row.prompt, row.continuation) for row in rows]
+            gumbel = GumbelSource(config.seed, streams, logits.shape[-1], logits.device)
+        for position in range(config.max_tokens):
+            if self._stopping():
+                self.stats.interrupted = True
+                break
+            ids = choose(logits, config, None if gumbel is None else gumbel.at(position))
+            logprobs = log_probabilities(logits, ids).tolist() if self.logprobs else None
+            self._deliver(rows, ids.tolist(), logprobs, started)
+            live = [i for i, row in enumerate(rows) if not row.done]
+            if position + 1 == config.max_tokens or not live:
+                break
+            # Leaving rows out copies the cache, so a large batch waits until an eighth of it has finished.
+            if len(rows) - len(live) > len(rows) // 8:
+                self._note_cache(decoder)
+                keep = torch.tensor(live, device=ids.device)
+                decoder, ids, rows = decoder.select(keep), ids[keep], [rows[i] for i in live]
+                if gumbel is not None:
+                    gumbel.select(keep)
+            logits = decoder.step(ids)[:, : self.vocab]
+        self._note_cache(decoder)
+        self.stats.decode_s += time.perf_counter() - decode_started
+        for row in rows:
+            self._finish(row, "interrupted" if self.stats.interrupted else "length", started)
+
+    def _deliver(self, rows: list[_Row], ids: list[int], logprobs: list[float] | None, started: float) -> None:
+        for i, row in enumerate(rows):
+            if row.done:
+                continue
+            row.tokens.append(ids[i])
+            if logprobs is not None:
+                row.logprobs.append(logprobs[i])
+            self.stats.tokens += 1
+            if self.on_token is not None and self.on_token(row.prompt, row.continuation, ids[i]):
+                self._finish(row, "stop", started)
+
+    def _finish(self, row: _Row, reason: FinishReason, started: float) -> None:
+        if row.done:
+            return
+        row.done = True
+        self.on_finish(
+            Continuation(
+                prompt=row.prompt,
+                continuation=row.continuation,
+                tokens=row.tokens,
+                logprobs=row.logprobs if self.logprobs else None,
+                finish_reason=reason,
+                elapsed_s=time.perf_counter() - started,
+            )
+        )
+
+    def _stopping(self) -> bool:
+        return self.should_stop is not None and self.should_stop()
+
+    def _note_cache(self, decoder: _Decoder) -> None:
+        self.stats.cache_bytes = max(self.stats.cache_bytes, decoder.nbytes)

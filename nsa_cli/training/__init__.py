@@ -1,0 +1,11 @@
+"""Training: the loop, its schedule and optimizer, what it records, and how it stops and goes on.
+
+`run` and `schedule` need no torch; `train` and the rest load it.
+"""
+
+from nsa_cli.training.loop import train
+from nsa_cli.training.resume import run_settings
+from nsa_cli.training.run import Reporter, RunPaths, SilentReporter, TrainResult
+from nsa_cli.training.schedule import learning_rate
+
+__all__ = ["Reporter", "RunPaths", "SilentReporter", "TrainResult", "learning_rate", "run_settings", "train"]

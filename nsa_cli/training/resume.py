@@ -1,0 +1,136 @@
+"""Whether a saved run may go on with these settings: the same data, tokenizer, model and numbers, or exit 3.
+
+A resumed run must be what one uninterrupted run with the new settings would have been. So these may change:
+
+* paths, log_every, eval_every, save_every, compile, device, kernel, dtype: how the run is done and watched;
+* micro_batch_tokens: the same gradient added up in other parts (its last bits may change);
+* steps, schedule, lr, min_lr_ratio, warmup, decay_ratio: as far as every update already made would have had the same
+  learning rate. That extends a constant run at any time, a wsd run before its decay has begun, and neither a cosine nor
+  a linear one.
+
+All else (data, tokenizer, model, batch_tokens, seed, weight_decay, betas, grad_clip, eval_tokens, val_fraction) may
+not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from nsa_cli.checkpoint import load_state, read_info
+from nsa_cli.config import ModelConfig, TrainConfig
+from nsa_cli.data import Corpus
+from nsa_cli.errors import ExitCode, NsaError
+from nsa_cli.training.run import RunPaths
+from nsa_cli.training.schedule import learning_rate
+
+FREE = frozenset({"micro_batch_tokens", "log_every", "eval_every", "save_every", "compile"})
+RATE = ("steps", "schedule", "lr", "min_lr_ratio", "warmup", "decay_ratio")
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A state file's content and the files of the run that it belongs to."""
+
+    tensors: dict[str, Tensor]
+    meta: dict[str, Any]
+    paths: RunPaths
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done when it was saved."""
+        return int(self.meta["step"])
+
+    def moves_to(self, paths: RunPaths) -> bool:
+        """Whether going on at `paths` leaves this run's own files alone."""
+        return self.paths.state.resolve() != paths.state.resolve()
+
+
+def read_run(checkpoint: Path) -> SavedRun:
+    """The run of `checkpoint`, its last weights or its state file; NsaError with exit 3 if its state cannot be read."""
+    paths = RunPaths.of_run(checkpoint)
+    if not paths.state.exists():
+        raise NsaError(
+            f"cannot resume from {checkpoint}: no {paths.state.name} beside it",
+            "the state file holds the optimizer; keep it with the checkpoint, or train anew",
+            ExitCode.BAD_INPUT,
+        )
+    tensors, meta = load_state(paths.state)
+    missing = [key for key in ("step", "model", "train", "tokenizer", "fingerprint", "elapsed_s") if key not in meta]
+    if missing:
+        hint = "resume with the version of nsa that wrote it"
+        raise NsaError(f"{paths.state}: a training state without {missing[0]!r}", hint, ExitCode.BAD_INPUT)
+    return SavedRun(dict(tensors), dict(meta), paths)
+
+
+def run_settings(checkpoint: Path) -> tuple[ModelConfig, TrainConfig]:
+    """The configurations of the run to resume: the defaults of a `--resume` whose command line leaves settings out."""
+    paths = RunPaths.of_run(checkpoint)
+    if paths.last.exists():
+        info = read_info(paths.last)  # reads a header, where the state would be read whole
+        if "train" in info.metadata:
+            return info.config, TrainConfig(**info.metadata["train"])
+    meta = read_run(checkpoint).meta
+    return ModelConfig.from_dict(meta["model"]), TrainConfig(**meta["train"])
+
+
+def flag(field: str) -> str:
+    """`batch_tokens` as the user writes it: `--batch-tokens`."""
+    return "--" + field.replace("_", "-")
+
+
+def changed_settings(saved: SavedRun, model_config: ModelConfig, config: TrainConfig, corpus: Corpus) -> list[str]:
+    """What keeps the saved run from going on, each as "--flag was A, is B"; empty if nothing does."""
+    meta = saved.meta
+    changes = _differences(meta["model"], model_config.to_dict())
+    if meta["tokenizer"] != corpus.tokenizer.to_dict():
+        changes.append(f"the tokenizer was {meta['tokenizer'].get('name', 'another')}, is {corpus.tokenizer.name}")
+    elif meta["fingerprint"] != corpus.fingerprint:
+        changes.append(f"the data was {meta['fingerprint'][:12]}, is {corpus.fingerprint[:12]} (fingerprints)")
+    old, new = dict(meta["train"]), config.to_dict()
+    if _same_rates(TrainConfig(**old), config, saved.step):
+        old = {key: value for key, value in old.items() if key not in RATE}
+    old = {key: value for key, value in old.items() if key not in FREE}
+    return changes + _differences(old, {key: new[key] for key in old})
+
+
+def check_continues(saved: SavedRun, model_config: ModelConfig, config: TrainConfig, corpus: Corpus) -> None:
+    """NsaError with exit 3 that names everything `changed_settings` finds."""
+    changes = changed_settings(saved, model_config, config, corpus)
+    if changes:
+        raise NsaError(
+            f"cannot resume {saved.paths.last} at step {saved.step}: " + "; ".join(changes),
+            "resume with the run's own data and settings, or train anew with another --out",
+            ExitCode.BAD_INPUT,
+        )
+
+
+def _same_rates(old: TrainConfig, new: TrainConfig, done: int) -> bool:
+    """Whether the updates made so far would have had the same learning rates."""
+    if done > new.steps:
+        return False
+    return all(learning_rate(step, old) == learning_rate(step, new) for step in range(1, done + 1))
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Fields that differ, a nested table's (the sparse geometry) one by one."""
+    changes = []
+    for key in [*old, *(key for key in new if key not in old)]:
+        was, now = old.get(key), new.get(key)
+        if was == now:
+            continue
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            changes += _differences(was, now)
+        elif key == "nsa":
+            changes.append("the model was sparse, is dense" if now is None else "the model was dense, is sparse")
+        else:
+            changes.append(f"{flag(key)} was {_shown(was)}, is {_shown(now)}")
+    return changes
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,145 @@
+"""The files of a run: what a state holds, the order of writing, and what a resumption finds missing.
+
+Order: state, last weights, best weights, each atomically. Killed between two of them, a run is whole in its state file,
+and `restore_files` writes what had not been written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsa_cli.checkpoint import read_info, save_checkpoint, save_state
+from nsa_cli.config import TrainConfig
+from nsa_cli.data import Corpus
+from nsa_cli.errors import ExitCode, NsaError
+from nsa_cli.model import Transformer
+from nsa_cli.training.metrics import copy_file, write_errors
+from nsa_cli.training.optim import FiniteGuard, load_moments, moments
+from nsa_cli.training.resume import SavedRun
+from nsa_cli.training.run import RunPaths
+
+
+@dataclass
+class Progress:
+    """How far a run is: all that its next step depends on besides tensors.
+
+    val_loss, best_val_loss, best_step: of validations in nats per token; None before the first (finite) one.
+    pending: the metrics line of `step` if an interruption kept its validation from ending; the resumed run makes it up.
+    """
+
+    step: int = 0
+    val_loss: float | None = None
+    best_val_loss: float | None = None
+    best_step: int | None = None
+    pending: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """Writes and restores a run's files; everything in them but tensors and progress is fixed for the run."""
+
+    paths: RunPaths
+    model: Transformer
+    optimizer: torch.optim.AdamW
+    guard: FiniteGuard
+    config: TrainConfig
+    corpus: Corpus
+    device: torch.device
+
+    def save(self, progress: Progress, *, elapsed_s: float) -> None:
+        """State, last and, if this step is the best one, best weights. An earlier run's best weights are removed."""
+        meta = {
+            **vars(progress),
+            "elapsed_s": elapsed_s,
+            "model": self.model.config.to_dict(),
+            "train": self.config.to_dict(),
+            "tokenizer": self.corpus.tokenizer.to_dict(),
+            "fingerprint": self.corpus.fingerprint,
+        }
+        with write_errors(self.paths.last):
+            self.paths.last.parent.mkdir(parents=True, exist_ok=True)
+        save_state(self.paths.state, self._tensors(), meta)
+        self._save_weights(self.paths.last, progress)
+        if progress.best_step == progress.step:
+            self._save_weights(self.paths.best, progress)
+        elif progress.best_step is None:
+            self.paths.best.unlink(missing_ok=True)
+
+    def restore(self, saved: SavedRun) -> Progress:
+        """Weights, moments, counts and random states from a state file; NsaError with exit 3 if they do not fit."""
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "guard": {}, "rng": {}}
+        try:
+            for name, tensor in saved.tensors.items():
+                part, _, rest = name.partition(".")
+                parts[part][rest] = tensor
+            self.model.load_state_dict(parts["model"])
+            load_moments(self.model, self.optimizer, parts["optimizer"])
+            self.guard.load_tensors(parts["guard"])
+            torch.set_rng_state(parts["rng"]["cpu"])
+            if self.device.type == "cuda" and "cuda" in parts["rng"]:
+                torch.cuda.set_rng_state(parts["rng"]["cuda"], self.device)
+            return Progress(**{name: saved.meta[name] for name in Progress.__dataclass_fields__})
+        except (KeyError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            hint = "it is damaged or another version's: train anew"
+            message = f"{saved.paths.state} does not fit the model: {reason}"
+            raise NsaError(message, hint, ExitCode.BAD_INPUT) from error
+
+    def restore_files(self, saved: SavedRun, progress: Progress) -> list[str]:
+        """Writes the last and best weights that `paths` lacks, from the state or from the run resumed; names them.
+
+        A run that moves to other paths writes all of its files there, whatever lay there before. Best weights that are
+        nowhere to be found are forgotten, so that the next validation makes new ones.
+        """
+        restored, moves = [], saved.moves_to(self.paths)
+        if moves:
+            self.save(progress, elapsed_s=saved.meta["elapsed_s"])
+        elif _step_of(self.paths.last) != progress.step:
+            self._save_weights(self.paths.last, progress)
+            restored.append(str(self.paths.last))
+        if progress.best_step is None or (not moves and _step_of(self.paths.best) == progress.best_step):
+            return restored
+        if progress.best_step == progress.step:
+            self._save_weights(self.paths.best, progress)
+        elif _step_of(saved.paths.best) == progress.best_step:
+            copy_file(saved.paths.best, self.paths.best)
+        else:
+            progress.best_step = progress.best_val_loss = None
+            return restored
+        return [*restored, str(self.paths.best)]
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        tensors |= {f"optimizer.{name}": tensor for name, tensor in moments(self.model, self.optimizer).items()}
+        tensors |= {f"guard.{name}": tensor for name, tensor in self.guard.to_tensors().items()}
+        tensors["rng.cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+        return tensors
+
+    def _save_weights(self, path: Path, progress: Progress) -> None:
+        save_checkpoint(
+            path,
+            self.model,
+            config=self.model.config,
+            tokenizer=self.corpus.tokenizer,
+            step=progress.step,
+            extra={
+                "fingerprint": self.corpus.fingerprint,
+                "val_loss": progress.val_loss,
+                "train": self.config.to_dict(),
+            },
+        )
+
+
+def _step_of(path: Path) -> int | None:
+    """The step of a checkpoint; None if there is none that can be read."""
+    try:
+        return read_info(path).step if path.exists() else None
+    except NsaError:
+        return None

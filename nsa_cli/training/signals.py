@@ -1,0 +1,53 @@
+"""SIGINT and SIGTERM as a flag that the training loop polls, so that an interrupted run ends with its state saved."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+CAUGHT = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interruption:
+    """`signum` is None until a signal came, then its number; true in a boolean context from then on."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+
+    def __bool__(self) -> bool:
+        return self.signum is not None
+
+    @property
+    def name(self) -> str:
+        """The signal's name, "" before one came."""
+        return "" if self.signum is None else signal.Signals(self.signum).name
+
+
+@contextmanager
+def catch_signals() -> Iterator[Interruption]:
+    """Turns the first SIGINT or SIGTERM into a flag; a second one ends the process at once.
+
+    On the first signal the system's default action is put back for both, so that the second kills the process (the
+    shell sees 130 or 143) even while it is deep in a computation that does not return to Python. The handlers found on
+    entry are put back on exit. Outside the main thread, where Python allows no handlers, the flag is never set.
+    """
+    interruption = Interruption()
+    if threading.current_thread() is not threading.main_thread():
+        yield interruption
+        return
+
+    def remember(signum: int, frame: FrameType | None) -> None:
+        interruption.signum = signum
+        for each in CAUGHT:
+            signal.signal(each, signal.SIG_DFL)
+
+    before = {each: signal.signal(each, remember) for each in CAUGHT}
+    try:
+        yield interruption
+    finally:
+        for each, handler in before.items():
+            # None: a handler that was not installed from Python and cannot be put back by it.
+            signal.signal(each, signal.SIG_DFL if handler is None else handler)

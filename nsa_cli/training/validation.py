@@ -1,0 +1,49 @@
+"""The loss on held-out text: the same windows every time, in eval mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nsa_cli.training.signals import Interruption
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode and without gradients; its mode and the random states are as before afterwards."""
+    was_training = model.training
+    devices = sorted({parameter.device.index or 0 for parameter in model.parameters() if parameter.is_cuda})
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        model.eval()
+        try:
+            yield
+        finally:
+            model.train(was_training)
+
+
+def validation_loss(
+    forward: Callable[[Tensor, Tensor], Tensor],
+    batches: Iterator[tuple[Tensor, Tensor]],
+    *,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    interruption: Interruption,
+) -> float | None:
+    """Mean cross-entropy in nats per token over the batches; None if a signal came before the last.
+
+    Call inside `evaluating`. Sums stay on the device in float64; the host waits once, at the end.
+    """
+    total: Tensor | None = None
+    tokens = 0
+    for inputs, targets in batches:
+        if interruption:
+            return None
+        with autocast():
+            loss = forward(inputs, targets).double() * targets.numel()
+        total = loss if total is None else total + loss
+        tokens += targets.numel()
+    assert total is not None, "a corpus without validation text is not validated"
+    return float(total.item()) / tokens
