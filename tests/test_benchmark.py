@@ -14,7 +14,7 @@ import torch
 
 from nsa_cli.benchmark import BenchOptions, BenchReport, Figures, Row, cases, load_report, parity, run_bench
 from nsa_cli.benchmark.dense import Variant, fastest, variants
-from nsa_cli.benchmark.machine import Ceilings
+from nsa_cli.benchmark.machine import Ceilings, settled_threads
 from nsa_cli.benchmark.measuring import Bench
 from nsa_cli.benchmark.memory import peak_bytes
 from nsa_cli.benchmark.options import Shape
@@ -83,9 +83,16 @@ def test_repeats_go_on_until_the_budget_is_spent_and_setup_precedes_each() -> No
 
 
 def test_a_slow_case_gets_the_least_repeats_and_a_fast_one_the_most() -> None:
-    slow = measure(lambda: None, clock=FakeClock(iter([9.0, 7.0, 8.0])), budget_s=1.0)
+    slow = measure(lambda: None, clock=FakeClock(iter([9.0, 7.0, 8.0])), budget_s=10.0)
     assert slow == Timing(median_s=8.0, p10_s=pytest.approx(7.2), p90_s=pytest.approx(8.8), repeats=3)
     assert measure(lambda: None, clock=FakeClock(iter([1e-6] * 500)), budget_s=1.0).repeats == 100
+
+
+def test_two_repeats_are_enough_for_runs_far_beyond_the_budget_and_timed_runs_before_count() -> None:
+    assert measure(lambda: None, clock=FakeClock(iter([1.6] * 9)), budget_s=1.0).repeats == 2
+    assert measure(lambda: None, clock=FakeClock(iter([0.9] * 9)), budget_s=1.0).repeats == 3
+    timing = measure(lambda: None, clock=FakeClock(iter([4.0] * 9)), budget_s=1.0, before=[2.0])
+    assert timing == Timing(median_s=3.0, p10_s=2.2, p90_s=3.8, repeats=2)
 
 
 def test_repeats_end_early_when_the_next_would_pass_the_deadline() -> None:
@@ -112,6 +119,21 @@ def test_peak_memory_counts_a_temporary_that_is_gone_at_the_end() -> None:
     for _ in range(2):
         peak, method = peak_bytes(work, CPU)
         assert 60 * 2**20 < peak < 80 * 2**20, method
+
+
+def test_a_busy_machine_is_measured_on_half_of_its_threads_and_says_so() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        with settled_threads(probe=lambda threads: float(threads)) as notice:
+            assert torch.get_num_threads() == 2
+            assert "2 of 4" in notice
+        with settled_threads(probe=lambda threads: 1.0 / threads) as notice:
+            assert torch.get_num_threads() == 4
+            assert notice == ""
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_roofline_takes_the_tighter_ceiling() -> None:
@@ -321,7 +343,9 @@ def test_one_length_brings_a_ladder_of_shorter_powers_of_two_and_several_do_not(
 def test_the_lengths_asked_for_come_before_the_rungs_that_only_name_the_crossover() -> None:
     bench = Bench(CPU, torch.float32, WallClock(), Ceilings(flops_per_s=1.0, bytes_per_s=1.0), Deadline(1.0), 1.0)
     runner = Runner(BenchOptions(), SHAPE, "torch", bench, lambda text: None)
-    assert runner._order() == [1024, 16384, 8192, 4096, 2048]
+    attention = [tokens for tokens, models in runner._order() if not models]
+    assert attention == [1024, 16384, 8192, 4096, 2048]
+    assert runner._order().index((16384, True)) < runner._order().index((8192, False))
 
 
 def test_a_side_is_left_out_when_another_length_says_that_it_would_not_end_in_time() -> None:
@@ -372,23 +396,23 @@ def slower(report: BenchReport, dense: float, sparse: float) -> tuple[Row, ...]:
         return side and figures(side.timing.median_s * factor)
 
     return tuple(
-        Row(case=r.case, seq_len=r.seq_len, dense=stretch(r.dense, dense), sparse=stretch(r.sparse, sparse))
-        for r in report.rows
+        Row(case=r.case, seq_len=r.seq_len, dense=stretch(r.dense, dense), sparse=stretch(r.sparse, sparse)) for r in report.rows
     )
 
 
 def test_only_what_became_slower_than_dense_and_in_itself_is_a_regression(report: BenchReport) -> None:
-    name = report.environment["device_name"]
-    compared, gate = compare_reports(report, report.rows, name, 0.1)
+    here = report.environment
+    other = {**report.environment, "device_name": "another machine"}
+    compared, gate = compare_reports(report, report.rows, here, 0.1)
     assert gate.ok
     assert len(compared) == len(report.rows)
-    _, gate = compare_reports(report, slower(report, 1.0, 1.3), name, 0.1)
+    _, gate = compare_reports(report, slower(report, 1.0, 1.3), here, 0.1)
     assert not gate.ok
     assert "forward @ 150" in gate.detail
-    compared, gate = compare_reports(report, slower(report, 1.3, 1.3), name, 0.1)
+    compared, gate = compare_reports(report, slower(report, 1.3, 1.3), here, 0.1)
     assert {item["name"].split(" ")[0] for item in compared if item["regression"]} == {"branch"}
-    assert compare_reports(report, slower(report, 0.5, 0.5), "another machine", 0.1)[1].ok
-    assert not compare_reports(report, slower(report, 0.5, 0.7), "another machine", 0.1)[1].ok
+    assert compare_reports(report, slower(report, 0.5, 0.5), other, 0.1)[1].ok
+    assert not compare_reports(report, slower(report, 0.5, 0.7), other, 0.1)[1].ok
 
 
 def test_a_row_that_turned_red_is_a_regression(report: BenchReport) -> None:
@@ -399,7 +423,7 @@ def test_a_row_that_turned_red_is_a_regression(report: BenchReport) -> None:
     )  # fmt: skip
     rows = (Row(case=before.case, seq_len=before.seq_len, dense=before.dense, sparse=wrong),)
     assert not parity_gate(rows).ok
-    _, gate = compare_reports(report, rows, report.environment["device_name"], 0.1)
+    _, gate = compare_reports(report, rows, report.environment, 0.1)
     assert "red" in gate.detail
 
 

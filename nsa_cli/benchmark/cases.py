@@ -152,9 +152,7 @@ def sparse_operator(work: Workload, kernel: str, block_indices: Tensor) -> Opera
         return reference.combine(o_cmp, o_slc, o_win, given["gates"][:, :, at].float())
 
     flops, backward = _costs(work, kernel, ("compressed", "importance", "selected", "window", "combine"))
-    return Operator(
-        name="sparse", kernel=kernel, inputs=work.tensors, run=run, rows=rows, flops=flops, backward_flops=backward
-    )
+    return Operator(name="sparse", kernel=kernel, inputs=work.tensors, run=run, rows=rows, flops=flops, backward_flops=backward)
 
 
 def branch_operators(work: Workload, kernel: str, block_indices: Tensor) -> list[Operator]:
@@ -165,9 +163,7 @@ def branch_operators(work: Workload, kernel: str, block_indices: Tensor) -> list
     def make(name: str, inputs: Mapping[str, Tensor], parts: Sequence[str], run: Callable[..., Tensor],
              rows: Callable[..., Tensor]) -> Operator:  # fmt: skip
         flops, backward = _costs(work, kernel, parts)
-        return Operator(
-            name=name, kernel=kernel, inputs=inputs, run=run, rows=rows, flops=flops, backward_flops=backward
-        )
+        return Operator(name=name, kernel=kernel, inputs=inputs, run=run, rows=rows, flops=flops, backward_flops=backward)
 
     def named(*names: str) -> dict[str, Tensor]:
         return {name: tensors[name] for name in names}

@@ -6,6 +6,9 @@ import importlib.metadata
 import os
 import platform
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +22,7 @@ from nsa_cli.benchmark.timing import Clock, Timing, measure
 MATMUL_SIZES = (512, 1024, 2048, 4096, 8192)
 MATMUL_S = 0.1
 """The largest product that takes about this long at most: bf16 without hardware for it is a hundred times slower."""
+PROBE_STEPS = 300
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}
 
 
@@ -43,6 +47,35 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, clock: Clock, *, 
     target.copy_(source)
     copy = measure(lambda: target.copy_(source), clock=clock, budget_s=budget_s, max_repeats=30)
     return Ceilings(flops_per_s=2 * size**3 / product.p10_s, bytes_per_s=2 * source.nbytes / copy.p10_s)
+
+
+def probe_seconds(threads: int) -> float:
+    """Seconds of many short parallel steps on this many CPU threads, the kind that a busy core makes wait."""
+    torch.set_num_threads(threads)
+    x, a = torch.rand(2**18), torch.rand(256, 256)
+    start = time.perf_counter()
+    for _ in range(PROBE_STEPS):
+        torch.exp(x)
+        torch.mm(a, a)
+    return time.perf_counter() - start
+
+
+@contextmanager
+def settled_threads(probe: Callable[[int], float] = probe_seconds) -> Iterator[str]:
+    """All of PyTorch's CPU threads inside, or half of them when that is faster: yields a notice then, else "".
+
+    On a machine that is busy with something else, every parallel step waits for the thread whose core is taken, and an
+    operator of many steps seems ten times slower than it is. The number before is set again at the end.
+    """
+    before = torch.get_num_threads()
+    half, notice = before // 2, ""
+    try:
+        if half and probe(before) > probe(half):
+            notice = f"this machine is busy: measured on {half} of {before} CPU threads, which is faster now"
+        torch.set_num_threads(half if notice else before)
+        yield notice
+    finally:
+        torch.set_num_threads(before)
 
 
 def _largest_product(device: torch.device, dtype: torch.dtype, clock: Clock, budget_s: float) -> tuple[int, Timing]:

@@ -41,9 +41,7 @@ class Bench:
         peak = self.peak(lambda: seconds.append(self.clock.seconds(work)))
         return peak, [value for value in seconds if value > self.budget_s]
 
-    def time(
-        self, work: Callable[[], Any], setup: Callable[[], Any] | None = None, before: Sequence[float] = ()
-    ) -> Timing:
+    def time(self, work: Callable[[], Any], setup: Callable[[], Any] | None = None, before: Sequence[float] = ()) -> Timing:
         """Adaptive repeats within the budget and the report's time limit."""
         return measure(
             work,
@@ -90,40 +88,37 @@ def measure_forward(bench: Bench, operator: Operator, queries: Tensor, fault: st
 def measure_backward(bench: Bench, operator: Operator, queries: Tensor, fault: str = "") -> Figures:
     """Backward alone, over one forward's graph; the peak is that of forward and backward together.
 
-    For the parity the output's gradient is zero but for the sampled queries; it is random everywhere when timed.
+    For the parity the output's gradient is zero but for the sampled queries; it is random everywhere when timed. One
+    graph serves all runs, but for `flex`: a compiled backward gives its buffers away and runs once.
     """
     inputs = list(operator.inputs.values())
-    shape = next(iter(inputs)).shape
-    grad = torch.randn(shape, device=bench.device).to(inputs[0].dtype)
+    grad = torch.randn(inputs[0].shape, device=bench.device).to(inputs[0].dtype)
     sampled = torch.zeros_like(grad)
     sampled[:, :, queries] = grad[:, :, queries]
-    results: list[tuple[Tensor, ...]] = []
-    with parity.poisoned(bench.device):
-        peak = bench.peak(lambda: results.append(torch.autograd.grad(operator.run(*inputs), inputs, sampled)))
-    expected = parity.reference_gradients(operator.rows, inputs, grad[:, :, queries])
-    names = [f"gradient of {name}" for name in operator.inputs]
-    check = parity.compare(list(zip(names, results.pop(), expected, strict=True)), parity.RELATIVE_L2[grad.dtype])
-    del expected
-    check = with_fault(check, fault)
-    timing = _time_backward(bench, operator, inputs, grad) if check.ok else None
-    moved = operator.moved_bytes(backward=True)
-    return bench.figures(operator.kernel, timing, peak, operator.backward_flops, moved, check)
-
-
-def _time_backward(bench: Bench, operator: Operator, inputs: list[Tensor], grad: Tensor) -> Timing:
-    """One graph serves all repeats, but for `flex`: a compiled backward gives its buffers away and runs once."""
     reusable = operator.kernel != "flex"
     graph: list[Tensor] = []
+    results: list[tuple[Tensor, ...]] = []
 
     def forward() -> None:
         graph[:] = [operator.run(*inputs)]
 
-    if reusable:
+    def backward(grad: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(graph[0], inputs, grad, retain_graph=reusable)
+
+    def first() -> None:
         forward()
-    return bench.time(
-        lambda: torch.autograd.grad(graph[0], inputs, grad, retain_graph=reusable),
-        setup=None if reusable else forward,
-    )
+        results.append(backward(sampled))
+
+    with parity.poisoned(bench.device):
+        peak = bench.peak(first)
+    expected = parity.reference_gradients(operator.rows, inputs, grad[:, :, queries])
+    names = [f"gradient of {name}" for name in operator.inputs]
+    check = parity.compare(list(zip(names, results.pop(), expected, strict=True)), parity.RELATIVE_L2[grad.dtype])
+    check = with_fault(check, fault)
+    del expected
+    timing = bench.time(lambda: backward(grad), setup=None if reusable else forward) if check.ok else None
+    moved = operator.moved_bytes(backward=True)
+    return bench.figures(operator.kernel, timing, peak, operator.backward_flops, moved, check)
 
 
 def with_fault(check: Parity, fault: str) -> Parity:

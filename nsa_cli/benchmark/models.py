@@ -59,10 +59,11 @@ class Subject:
 
 def subjects(tokens: int, shape: Shape, nsa: NSAConfig, kernel: str, batch: int, seed: int) -> tuple[Subject, Subject]:
     """The dense and the sparse model of one length."""
+    heads, kv_heads = shape.model_heads
     configs = [
         ModelConfig(
-            vocab_size=VOCABULARY, dim=shape.model_dim, depth=shape.model_depth, heads=shape.heads,
-            kv_heads=shape.kv_heads, dim_head=shape.dim_head, context=tokens, nsa=geometry,
+            vocab_size=VOCABULARY, dim=shape.model_dim, depth=shape.model_depth, heads=heads,
+            kv_heads=kv_heads, dim_head=shape.dim_head, context=tokens, nsa=geometry,
         )
         for geometry in (None, nsa)
     ]  # fmt: skip

@@ -23,6 +23,12 @@ class Shape:
     model_dim: int
     model_depth: int
 
+    @property
+    def model_heads(self) -> tuple[int, int]:
+        """Query and key/value heads of the small model: as many as fill its width, in groups like attention's."""
+        heads = max(1, self.model_dim // self.dim_head)
+        return heads, _divisor_near(heads, heads * self.kv_heads // self.heads)
+
 
 CPU_SHAPE = Shape(heads=8, kv_heads=2, dim_head=64, model_dim=256, model_depth=1)
 CUDA_SHAPE = Shape(heads=64, kv_heads=4, dim_head=128, model_dim=1024, model_depth=2)
@@ -34,8 +40,8 @@ class BenchOptions:
 
     seq_lens: lengths to measure. ladder: shorter powers of two too, so that the length from which sparse wins can be
     named; None does so when one length is given. heads, kv_heads, dim_head, model_dim, model_depth: None takes the
-    device's default (CPU 8, 2, 64, 256, 1; CUDA 64, 4, 128, 1024, 2; group and width follow when only a part is
-    given). dtype: auto (float32 on a CPU, bfloat16 on CUDA), float32 or bfloat16. groups: which rows, of GROUPS.
+    device's default (CPU 8, 2, 64, 256, 1; CUDA 64, 4, 128, 1024, 2; kv_heads keeps the group size where it divides).
+    dtype: auto (float32 on a CPU, bfloat16 on CUDA), float32 or bfloat16. groups: which rows, of GROUPS.
     limit_s: seconds the whole report may take; rows that would not fit are left out and named. budget_s: timed
     seconds of one measurement, beyond its least number of repeats. compare: an earlier JSON report; a row slower by
     more than the share `tolerance` fails the regression gate.

@@ -76,9 +76,7 @@ def compare(named: Sequence[tuple[str, Tensor, Tensor]], tolerance: float) -> Pa
         max_error, relative = _largest(max_error, error), _largest(relative, share)
         if not share <= tolerance:
             failures.append(f"{name}: relative L2 error {share:.2g} is above {tolerance:.2g}")
-    return Parity(
-        max_error=max_error, relative_l2=relative, tolerance=tolerance, ok=not failures, detail="; ".join(failures)
-    )
+    return Parity(max_error=max_error, relative_l2=relative, tolerance=tolerance, ok=not failures, detail="; ".join(failures))
 
 
 def sample_queries(tokens: int, config: NSAConfig, seed: int, count: int = SAMPLED_QUERIES) -> Tensor:

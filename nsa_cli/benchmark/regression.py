@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from nsa_cli.benchmark.report import BenchReport, Gate, Row
@@ -20,17 +21,17 @@ def check_comparable(old: BenchReport, shape: dict[str, Any], path: str) -> None
 
 
 def compare_reports(
-    old: BenchReport, rows: tuple[Row, ...], device_name: str, tolerance: float
+    old: BenchReport, rows: tuple[Row, ...], environment: Mapping[str, Any], tolerance: float
 ) -> tuple[tuple[dict[str, Any], ...], Gate]:
     """Same-named rows of two reports: one dict a row, and the regression gate.
 
     A row is a regression when its sparse median grew by more than the share `tolerance` and, where both reports have
     the dense median, its speed-up fell by more as well: a machine that has become slower at everything is no
-    regression. On another device only speed-ups are compared. A row whose speed was reported then and whose parity is
-    red now, too. NsaError, exit code 3, when no row is in both.
+    regression. On another device or number of threads only speed-ups are compared. A row that was timed then and is
+    red now is one too. NsaError, exit code 3, when no row is in both.
     """
     earlier = {row.name: row for row in old.rows}
-    same_device = old.environment.get("device_name") == device_name
+    same_device = all(old.environment.get(name) == environment[name] for name in ("device_name", "threads"))
     compared = [_compare_row(earlier[row.name], row, same_device, tolerance) for row in rows if row.name in earlier]
     found = tuple(item for item in compared if item is not None)
     if not found:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nsa_cli.benchmark.machine import environment, measure_ceilings
+from nsa_cli.benchmark.machine import environment, measure_ceilings, settled_threads
 from nsa_cli.benchmark.measuring import Bench
 from nsa_cli.benchmark.options import BenchOptions
 from nsa_cli.benchmark.regression import check_comparable, compare_reports
@@ -32,7 +32,8 @@ def run_bench(options: BenchOptions, *, progress: Callable[[str], None] = lambda
     dtype = _dtype(options.dtype, device)
     shape = options.shape(device.type)
     asked, dtype_name = options.to_dict(), str(dtype).removeprefix("torch.")
-    sizes = {**dataclasses.asdict(shape), "batch": options.batch, "dtype": dtype_name, "nsa": asked["nsa"]}
+    model_heads = dict(zip(("model_heads", "model_kv_heads"), shape.model_heads, strict=True))
+    sizes = {**dataclasses.asdict(shape), **model_heads, "batch": options.batch, "dtype": dtype_name, "nsa": asked["nsa"]}
     old = None if options.compare is None else load_report(options.compare)
     if old is not None:
         check_comparable(old, sizes, str(options.compare))
@@ -40,17 +41,18 @@ def run_bench(options: BenchOptions, *, progress: Callable[[str], None] = lambda
     progress("measuring the ceilings of this machine")
     on_gpu = device.type == "cuda"
     current = torch.cuda.device(device) if on_gpu else nullcontext()
-    with current, torch.random.fork_rng(devices=[device] if on_gpu else []):
+    threads = nullcontext("") if on_gpu else settled_threads()
+    with current, threads as notice, torch.random.fork_rng(devices=[device] if on_gpu else []):
         torch.manual_seed(options.seed)
         ceilings = measure_ceilings(device, dtype, clock)
         bench = Bench(device, dtype, clock, ceilings, deadline, options.budget_s)
         runner = Runner(options, shape, kernel, bench, progress)
         runner.run()
+        facts = environment(device)
     rows = tuple(runner.rows)
-    facts = environment(device)
     gates, comparison = [parity_gate(rows)], tuple[dict[str, Any], ...]()
     if old is not None:
-        comparison, gate = compare_reports(old, rows, facts["device_name"], options.tolerance)
+        comparison, gate = compare_reports(old, rows, facts, options.tolerance)
         gates.append(gate)
     return BenchReport(
         environment=facts,
@@ -60,7 +62,7 @@ def run_bench(options: BenchOptions, *, progress: Callable[[str], None] = lambda
         rows=rows,
         crossovers=find_crossovers(rows),
         gates=tuple(gates),
-        notices=tuple(runner.notices),
+        notices=tuple(text for text in (notice, *runner.notices) if text),
         comparison=comparison,
         elapsed_s=deadline.elapsed_s,
     )

@@ -36,7 +36,7 @@ PICK_TOKENS = 2048
 @dataclass
 class Runner:
     """Goes through the lengths: first the shortest, which tells what the others will cost, then those that were asked
-    for, and with the time that is left the other rungs of the ladder, the longest first."""
+    for, and with the time that is left the other rungs of the ladder, the longest first, attention before models."""
 
     options: BenchOptions
     shape: Shape
@@ -50,23 +50,32 @@ class Runner:
 
     def run(self) -> None:
         """Fill `rows` and `notices`."""
-        groups = self.options.groups
-        for tokens in self._order():
-            fault = self._attention(tokens)
-            if "training" in groups:
-                self._training(tokens, fault)
-            if "decode" in groups:
-                self._decode(tokens, fault)
+        faults: dict[int, str] = {}
+        for tokens, models in self._order():
+            if models:
+                self._models(tokens, faults[tokens])
+            else:
+                faults[tokens] = self._attention(tokens)
         self.rows.sort(key=lambda row: row.seq_len)
         if any("time limit" in row.note for row in self.rows):
             self.notices.append(f"some rows were left out to end within the time limit of {self.options.limit_s:g} s")
         elif self.bench.deadline.remaining_s() < 0:
             self.notices.append("the time limit cut the repeats of the last rows short")
 
-    def _order(self) -> list[int]:
+    def _order(self) -> list[tuple[int, bool]]:
+        """Lengths in the order of their measurement, each for attention (False) and then for the models (True)."""
         lengths, asked = self.options.lengths(), self.options.seq_lens
         first, others = lengths[0], lengths[1:]
-        return [first, *(n for n in others if n in asked), *(n for n in reversed(others) if n not in asked)]
+        wanted = [first, *(n for n in others if n in asked)]
+        rungs = [n for n in reversed(others) if n not in asked]
+        both = [(n, models) for n in wanted for models in (False, True)]
+        return [*both, *((n, models) for models in (False, True) for n in rungs)]
+
+    def _models(self, tokens: int, fault: str) -> None:
+        if "training" in self.options.groups:
+            self._training(tokens, fault)
+        if "decode" in self.options.groups:
+            self._decode(tokens, fault)
 
     def _attention(self, tokens: int) -> str:
         """Attention's and its branches' rows at one length; what is wrong with sparse attention there, or "".

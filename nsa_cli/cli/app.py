@@ -137,7 +137,7 @@ def explain(error: Exception, arguments: Sequence[str] = ()) -> tuple[str, str, 
 
 def _usage_message(error: Any) -> str:
     """One line, flags in front: "--steps: 'x' is not an integer"."""
-    if hasattr(error, "possibilities"):
+    if hasattr(error, "option_name") and hasattr(error, "possibilities"):
         close = difflib.get_close_matches(error.option_name, error.possibilities or (), n=1)
         return f"no such flag: {error.option_name}" + (f" (did you mean {close[0]}?)" if close else "")
     text = " ".join(str(error.format_message()).split())

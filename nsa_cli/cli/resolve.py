@@ -275,7 +275,13 @@ def load(ctx: typer.Context) -> Resolved:
     """`resolve` for the command being run, with this process's command line, environment and config file."""
     group: Any = ctx.find_root().command
     commands = {name: settings_of(command.callback) for name, command in group.commands.items()}
-    flags = {name: value for name, value in ctx.params.items() if _on_command_line(ctx, name)}
+    mine = commands.get(ctx.info_name or "", {})
+    flags = {
+        # typer before 0.29 makes a Path of an option only when it calls the command, after this.
+        name: Path(value) if isinstance(value, str) and name in mine and mine[name].kind is Path else value
+        for name, value in ctx.params.items()
+        if _on_command_line(ctx, name)
+    }
     ctx.obj["verbose"] = bool(flags.get("verbose"))
     path = flags.get("config") or os.environ.get("NSA_CONFIG")
     file = read_config(Path(path)) if path else None
