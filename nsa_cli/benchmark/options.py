@@ -61,7 +61,7 @@ class BenchOptions:
     kernel: str = "auto"
     seed: int = 0
     groups: tuple[str, ...] = GROUPS
-    limit_s: float = 150.0
+    limit_s: float = 120.0
     budget_s: float = 1.0
     compare: Path | None = None
     tolerance: float = 0.1

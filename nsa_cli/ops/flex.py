@@ -32,7 +32,7 @@ def require(q: Tensor) -> None:
 def _compiled() -> tuple[Any, Any]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    return torch.compile(flex_attention), torch.compile(create_block_mask)
+    return torch.compile(flex_attention, dynamic=False), torch.compile(create_block_mask)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, batch: int | None, heads: int | None, scale: float) -> Tensor:
