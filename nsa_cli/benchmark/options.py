@@ -10,7 +10,7 @@ from typing import Any
 from nsa_cli.config import KERNELS, NSAConfig
 
 GROUPS = ("attention", "branches", "training", "decode")
-LADDER_STEPS, LADDER_SHORTEST = 4, 1024
+LADDER_SHORTEST = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +38,8 @@ CUDA_SHAPE = Shape(heads=64, kv_heads=4, dim_head=128, model_dim=1024, model_dep
 class BenchOptions:
     """One benchmark; wrong values raise ValueError with the field, the value and the rule.
 
-    seq_lens: lengths to measure. ladder: shorter powers of two too, so that the length from which sparse wins can be
-    named; None does so when one length is given. heads, kv_heads, dim_head, model_dim, model_depth: None takes the
+    seq_lens: lengths to measure. ladder: shorter powers of two too, each a quarter of the next, so that the length from
+    which sparse wins can be named; None does so when one length is given. heads, kv_heads, dim_head, model_dim, model_depth: None takes the
     device's default (CPU 8, 2, 64, 256, 1; CUDA 64, 4, 128, 1024, 2; kv_heads keeps the group size where it divides).
     dtype: auto (float32 on a CPU, bfloat16 on CUDA), float32 or bfloat16. groups: which rows, of GROUPS.
     limit_s: seconds the whole report may take; rows that would not fit are left out and named. budget_s: timed
@@ -107,11 +107,10 @@ class BenchOptions:
         """Every length that is measured, ascending: those asked for and the ladder's."""
         asked = set(self.seq_lens)
         if self.ladder or (self.ladder is None and len(asked) == 1):
-            length = 1 << ((max(asked) - 1).bit_length() - 1) if max(asked) > 1 else 0
-            for _ in range(LADDER_STEPS):
-                if length >= LADDER_SHORTEST:
-                    asked.add(length)
-                length //= 2
+            length = 1 << max((max(asked) - 1).bit_length() - 2, 0)
+            while length >= LADDER_SHORTEST:
+                asked.add(length)
+                length //= 4
         return tuple(sorted(asked))
 
     def to_dict(self) -> dict[str, Any]:

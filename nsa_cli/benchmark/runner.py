@@ -27,8 +27,8 @@ from nsa_cli.errors import ExitCode, NsaError
 from nsa_cli.model import accounting
 
 FORWARD, BACKWARD, TRAINING, PREFILL, DECODE = "forward", "backward", "training step", "prefill", "decode"
-LEAST_RUNS = 3
-"""What a side costs at least, in runs: the first one, compared with the reference, and one or two that are timed."""
+LEAST_RUNS = 2
+"""What a side costs at least, in runs: the first one, compared with the reference, and one that is timed."""
 PICK_TOKENS = 2048
 """On a CPU the dense variant is picked on the first tokens: the longer the input, the less the variants differ."""
 
@@ -36,7 +36,8 @@ PICK_TOKENS = 2048
 @dataclass
 class Runner:
     """Goes through the lengths: first the shortest, which tells what the others will cost, then those that were asked
-    for, and with the time that is left the other rungs of the ladder, the longest first, attention before models."""
+    for, with the time that is left the other rungs of the ladder, the longest first, attention before models, and last
+    the branches of the lengths that were asked for."""
 
     options: BenchOptions
     shape: Shape
@@ -56,6 +57,8 @@ class Runner:
                 self._models(tokens, faults[tokens])
             else:
                 faults[tokens] = self._attention(tokens)
+        for tokens in self.options.seq_lens if "branches" in self.options.groups else ():
+            self._branches(tokens)
         self.rows.sort(key=lambda row: row.seq_len)
         if any("time limit" in row.note for row in self.rows):
             self.notices.append(f"some rows were left out to end within the time limit of {self.options.limit_s:g} s")
@@ -78,12 +81,11 @@ class Runner:
             self._decode(tokens, fault)
 
     def _attention(self, tokens: int) -> str:
-        """Attention's and its branches' rows at one length; what is wrong with sparse attention there, or "".
+        """Attention's rows at one length; what is wrong with sparse attention there, or "".
 
         Without these rows attention is still run once, compared and not timed: the model's rows need it right.
         """
         options, bench = self.options, self.bench
-        branches = "branches" in options.groups and tokens in options.seq_lens
         if tokens not in options.seq_lens and not bench.deadline.allows(self._run_s(FORWARD, "sparse", tokens)):
             for case in (FORWARD, BACKWARD) if "attention" in options.groups else ():
                 self._add(case, tokens, None, None, "left out: time limit")
@@ -92,7 +94,7 @@ class Runner:
             tokens, self.shape, options.batch, options.nsa, device=bench.device, dtype=bench.dtype, seed=options.seed
         )
         block_indices = select(work, self.kernel)
-        fault = selection = selection_parity(work, block_indices)
+        fault = selection_parity(work, block_indices)
         whole = sparse_operator(work, self.kernel, block_indices)
         if "attention" in options.groups:
             for case in (FORWARD, BACKWARD):
@@ -103,14 +105,25 @@ class Runner:
                     fault = fault or sparse.parity.detail
         else:
             fault = fault or check_forward(bench, whole, work.queries)[0].detail
-        for operator in branch_operators(work, self.kernel, block_indices) if branches else ():
-            known = selection if operator.name.startswith("compressed") else ""
-            for case in (FORWARD, BACKWARD):
+        return fault
+
+    def _branches(self, tokens: int) -> None:
+        """A row for each branch of a length that was asked for: last, since they explain the others' figures."""
+        options, bench = self.options, self.bench
+        if bench.deadline.remaining_s() <= 0:
+            return
+        work = make_workload(
+            tokens, self.shape, options.batch, options.nsa, device=bench.device, dtype=bench.dtype, seed=options.seed
+        )
+        block_indices = select(work, self.kernel)
+        selection = selection_parity(work, block_indices)
+        for case in (FORWARD, BACKWARD):
+            for operator in branch_operators(work, self.kernel, block_indices):
+                known = selection if operator.name.startswith("compressed") else ""
                 name = f"branch {operator.name}, {case}"
                 measure = partial(self._operator, operator, case, work, known)
                 figures, note = self._side(name, "sparse", tokens, measure)
                 self._add(name, tokens, None, figures, note)
-        return fault
 
     def _operator(self, operator: Operator, case: str, work: Workload, fault: str) -> Figures:
         run = measure_forward if case == FORWARD else measure_backward

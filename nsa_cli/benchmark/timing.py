@@ -119,9 +119,10 @@ def measure(
 ) -> Timing:
     """Run `work` until `budget_s` of timed seconds are spent, at least min_repeats and at most max_repeats times.
 
-    Two repeats are enough when they take LONG_BUDGETS times the budget. setup runs, untimed, before each repeat. before:
-    seconds of runs that were timed already, and count. When the next repeat, at the length of the last, would not fit
-    into remaining_s() (the whole report's time), the repeats end early, but never before the first.
+    One repeat is enough when it takes LONG_BUDGETS times the budget: long runs vary little, and time is short. setup runs,
+    untimed, before each repeat. before: seconds of runs that were timed already, and count. When the next repeat, at the
+    length of the last, would not fit into remaining_s() (the whole report's time), the repeats end early, but never before
+    the first.
     """
     seconds = list(before)
     while not _enough(seconds, budget_s, min_repeats, max_repeats):
@@ -135,8 +136,8 @@ def measure(
 
 def _enough(seconds: Sequence[float], budget_s: float, min_repeats: int, max_repeats: int) -> bool:
     count, spent_s = len(seconds), sum(seconds)
-    least = min(2, min_repeats) if spent_s >= LONG_BUDGETS * budget_s else min_repeats
-    return count >= max_repeats or (count >= least and spent_s >= budget_s)
+    least = 1 if spent_s >= LONG_BUDGETS * budget_s else min_repeats
+    return count >= max_repeats or (count >= max(least, 1) and spent_s >= budget_s)
 
 
 class Deadline:

@@ -36,7 +36,7 @@ def bench(
     dim_head: options.BenchDimHead = None,
     dim: options.BenchDim = None,
     depth: options.BenchDepth = None,
-    limit: options.Limit = 150.0,
+    limit: options.Limit = 120.0,
     budget: options.Budget = 1.0,
     compare: options.Compare = None,
     tolerance: options.Tolerance = 0.1,

@@ -271,13 +271,14 @@ def write_tables(*parts: RenderableType) -> None:
 def show_bench(report: BenchReport) -> None:
     """A benchmark's report: the machine, two lines a row (dense over sparse), where sparse wins, the gates."""
     facts, shape = report.environment, report.config["shape"]
+    threads = "thread" if facts["threads"] == 1 else "threads"
     head = Text(
-        f"{facts['device_name']}, torch {facts['torch']}, {facts['threads']} threads; "
+        f"{facts['device_name']}, torch {facts['torch']}, {facts['threads']} {threads}; "
         f"{shape['dtype']}, batch {shape['batch']}, {shape['heads']} query heads, "
         f"{shape['kv_heads']} key/value heads of {shape['dim_head']}"
     )
     table = _table(*_BENCH_COLUMNS)
-    notes = []
+    notes, left_out = [], dict[int, list[str]]()
     for row in report.rows:
         first = True
         for side, figures in (("dense", row.dense), ("sparse", row.sparse)):
@@ -286,14 +287,15 @@ def show_bench(report: BenchReport) -> None:
             speedup = "" if row.speedup is None or side == "dense" else f"{row.speedup:.2f}x"
             table.add_row(*([row.case, f"{row.seq_len:,}"] if first else ["", ""]), side, *_figure_cells(figures, speedup))
             first = False
-        if first:
-            table.add_row(row.case, f"{row.seq_len:,}", "", *[""] * (len(_BENCH_COLUMNS) - 3))
-        if row.note:
+        if row.note and not (first and "time limit" in row.note):
             notes.append(Text(f"{row.name}: {row.note}"))
+        elif row.note:
+            left_out.setdefault(row.seq_len, []).append(row.case)
     gates = [
         Text.assemble(("ok  " if gate.ok else "FAILED", "green" if gate.ok else "bold red"), f"  {gate.name}: {gate.detail}")
         for gate in report.gates
     ]
+    notes += [Text(f"not measured at {n:,}, for time: {', '.join(cases)}") for n, cases in left_out.items()]
     notices = [Text(notice) for notice in report.notices]
     write_tables(head, table, *notes, *notices, *map(Text, report.crossover), *gates)
 
