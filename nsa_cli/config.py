@@ -138,6 +138,7 @@ class ModelConfig:
         _require(self.heads % self.kv_heads == 0, "kv_heads", self.kv_heads, f"must divide heads = {self.heads}")
         _require_choice(self, "ff", get_args(FeedForward))
         _require_number(self, "ff_mult", 0.25)
+        _require(round(self.ff_mult * self.dim) >= 1, "ff_mult", self.ff_mult, f"leaves no hidden unit at dim = {self.dim}")
         _require_number(self, "dropout", 0.0, 0.99)
         _require_number(self, "rope_theta", 1.0)
         _require(isinstance(self.tie_embeddings, bool), "tie_embeddings", self.tie_embeddings, "must be true or false")

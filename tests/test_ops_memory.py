@@ -4,6 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nsa_cli.config import NSAConfig
+from nsa_cli.ops import torch_backend, window_attention
 
 GIB = 2**30
 
@@ -57,3 +65,43 @@ def test_16384_tokens_forward_and_backward_fit_in_2_gib() -> None:
     assert extra <= 2 * GIB
     # Something was measured: the output alone takes 32 MiB.
     assert extra >= 32 * 2**20
+
+
+@pytest.mark.parametrize("window", [1, 63, 400, 499, 500, 501, 2000, 5000])
+@pytest.mark.parametrize("positions", [False, True], ids=["in-order", "behind-a-cache"])
+def test_no_window_makes_scores_of_all_queries_at_once(
+    window: int, positions: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, heads, tokens = NSAConfig(window=window), 4, 2000
+    monkeypatch.setattr(torch_backend, "CHUNK_ELEMENTS", {"cpu": 2**16})
+    monkeypatch.setattr(torch_backend, "FUSED_MASK_ELEMENTS", 2**16)
+    largest = 0
+    plain = torch_backend._chunk_scores
+
+    def watched(*arguments: Any) -> Tensor:
+        nonlocal largest
+        scores = plain(*arguments)
+        largest = max(largest, scores.numel())
+        return scores
+
+    monkeypatch.setattr(torch_backend, "_chunk_scores", watched)
+    q, k = torch.randn(1, heads, 100 if positions else tokens, 8), torch.randn(1, 2, tokens, 8)
+    at = torch.arange(tokens - 100, tokens)[None] if positions else None
+    window_attention(q, k, k, config, positions=at)
+    assert 0 < largest <= max(2**16, heads * 64 * (64 + 2 * window), heads * 16 * tokens)
+
+
+def test_the_window_reads_only_its_keys_however_long_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    spans = []
+    plain = torch_backend.WindowMask.span
+
+    def watched(self: torch_backend.WindowMask, start: int, stop: int) -> tuple[int, int]:
+        spans.append(plain(self, start, stop))
+        return spans[-1]
+
+    monkeypatch.setattr(torch_backend.WindowMask, "span", watched)
+    q, k = torch.randn(2, 2, 60, 8), torch.randn(2, 2, 3000, 8)
+    positions = torch.stack([torch.arange(2000, 2060), torch.arange(2010, 2070)])
+    window_attention(q, k, k, NSAConfig(window=20), positions=positions)
+    assert min(low for low, _ in spans) == 2000 - 19
+    assert max(high for _, high in spans) == 2070

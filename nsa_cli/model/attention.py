@@ -16,6 +16,9 @@ from nsa_cli.config import ModelConfig
 from nsa_cli.model.cache import Cache, LayerCache
 from nsa_cli.model.rotary import Rotary, rotate
 
+MASK_ELEMENTS = 2**25
+"""Entries of the mask [t, s] of a pass behind a filled cache, a sequence: longer passes go in chunks."""
+
 
 @dataclass
 class Geometry:
@@ -68,16 +71,25 @@ class DenseAttention(nn.Module):
         q = rotate(rearrange(self.to_q(x), "b t (h d) -> b h t d", h=self.heads), geometry.angles)
         k = rotate(rearrange(self.to_k(x), "b t (g d) -> b g t d", g=self.kv_heads), geometry.angles)
         v = rearrange(self.to_v(x), "b t (g d) -> b g t d", g=self.kv_heads)
+        all_k, all_v = k, v
         if layer is not None:
             all_k, all_v = geometry.append(layer, "k", k), geometry.append(layer, "v", v)
-        if geometry.first:
-            out = self._causal(q, k, v, geometry.cu_seqlens)
-        else:
-            s = torch.arange(all_k.shape[2], device=x.device)
-            visible = s <= geometry.positions[:, None, :, None]
-            gqa = self.heads != self.kv_heads
-            out = F.scaled_dot_product_attention(q, all_k, all_v, attn_mask=visible, enable_gqa=gqa)
+        first, positions = geometry.first, geometry.positions
+        out = self._causal(q, k, v, geometry.cu_seqlens) if first else self._cached(q, all_k, all_v, positions)
         return self.to_out(rearrange(out, "b h t d -> b t (h d)"))
+
+    def _cached(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+        """q [b, h, t, d] at positions [b, t] against a cache; queries go in chunks that keep the mask small."""
+        s, chunk = torch.arange(k.shape[2], device=q.device), max(MASK_ELEMENTS // k.shape[2], 1)
+        return torch.cat(
+            [
+                F.scaled_dot_product_attention(
+                    q_chunk, k, v, attn_mask=s <= at[:, None, :, None], enable_gqa=self.heads != self.kv_heads
+                )
+                for q_chunk, at in zip(q.split(chunk, 2), positions.split(chunk, 1), strict=True)
+            ],
+            2,
+        )
 
     def _causal(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         gqa, p = self.heads != self.kv_heads, self.dropout if self.training else 0.0

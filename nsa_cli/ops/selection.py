@@ -18,12 +18,6 @@ def visible_blocks(positions: Tensor, config: NSAConfig) -> Tensor:
     return count.clamp(min=0)
 
 
-def select_blocks_bound(blocks: int, config: NSAConfig) -> int:
-    """Selection blocks of the longest document that has `blocks` compressed ones: a bound known without a host sync."""
-    last_token = blocks * config.compress_stride + config.compress_block - 2
-    return max(last_token, 0) // config.select_block + 1
-
-
 def pool_importance(p_group: Tensor, select_blocks: int, config: NSAConfig) -> Tensor:
     """imp[.., j] = sum over c of p_group[.., c] * overlap(c, j), as a strided window of l' / d + l / d - 1 taps.
 

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from nsa_cli.config import NSAConfig
 from nsa_cli.ops.by_block import attend_by_block
-from nsa_cli.ops.selection import pool_importance, select_blocks, select_blocks_bound, visible_blocks
+from nsa_cli.ops.selection import pool_importance, select_blocks, visible_blocks
 
 CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
 """Scores alive at a time. On a CPU a chunk should stay in the cache; on a GPU launches cost more than memory."""
@@ -53,12 +53,32 @@ def softmax_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+class Places:
+    """The queries' positions [b or 1, t], and how far any chunk of them reaches, known on the host."""
+
+    def __init__(self, q: Tensor, positions: Tensor | None) -> None:
+        self.in_order = positions is None
+        self.positions = torch.arange(q.shape[2], device=q.device)[None] if positions is None else positions
+        if positions is not None:
+            self._least, self._most = positions.amin(0).tolist(), positions.amax(0).tolist()
+
+    def reach(self, start: int, stop: int) -> tuple[int, int]:
+        """The least and the greatest position of the queries [start, stop)."""
+        if self.in_order:
+            return start, stop - 1
+        return min(self._least[start:stop]), max(self._most[start:stop])
+
+
+@dataclass
 class Mask(ABC):
-    """Which keys a chunk of queries may see."""
+    """Which keys a chunk of queries may see. keys: how many there are."""
+
+    places: Places
+    keys: int
 
     @abstractmethod
     def span(self, start: int, stop: int) -> tuple[int, int]:
-        """Keys [low, high) outside of which no query of [start, stop) sees anything; known on the host."""
+        """Keys [low, high) outside of which no query of [start, stop) sees anything."""
 
     @abstractmethod
     def visible(self, start: int, stop: int, low: int, high: int) -> Tensor:
@@ -69,16 +89,13 @@ class Mask(ABC):
 class CompressedMask(Mask):
     """Block c is visible to position t iff c d + l - 1 <= t."""
 
-    positions: Tensor
-    in_order: bool
-    blocks: int
     config: NSAConfig
 
     def span(self, start: int, stop: int) -> tuple[int, int]:
-        return 0, min(self.config.num_compressed(stop), self.blocks) if self.in_order else self.blocks
+        return 0, min(self.config.num_compressed(self.places.reach(start, stop)[1] + 1), self.keys)
 
     def visible(self, start: int, stop: int, low: int, high: int) -> Tensor:
-        count = visible_blocks(self.positions[:, start:stop], self.config)
+        count = visible_blocks(self.places.positions[:, start:stop], self.config)
         c = torch.arange(low, high, device=count.device)
         return (c < count[..., None])[:, None, None]
 
@@ -87,16 +104,15 @@ class CompressedMask(Mask):
 class WindowMask(Mask):
     """Keys t - w < s <= t."""
 
-    positions: Tensor
-    in_order: bool
-    keys: int
     window: int
 
     def span(self, start: int, stop: int) -> tuple[int, int]:
-        return (max(start - self.window + 1, 0), min(stop, self.keys)) if self.in_order else (0, self.keys)
+        least, most = self.places.reach(start, stop)
+        high = min(most + 1, self.keys)
+        return min(max(least - self.window + 1, 0), high), high
 
     def visible(self, start: int, stop: int, low: int, high: int) -> Tensor:
-        t = self.positions[:, start:stop, None]
+        t = self.places.positions[:, start:stop, None]
         s = torch.arange(low, high, device=t.device)
         return ((s <= t) & (s > t - self.window))[:, None, None]
 
@@ -105,14 +121,11 @@ class WindowMask(Mask):
 class SelectedMask(Mask):
     """Keys s <= t of the blocks in block_indices [b, g, t, n]."""
 
-    positions: Tensor
-    in_order: bool
-    keys: int
     block_indices: Tensor
     select_block: int
 
     def span(self, start: int, stop: int) -> tuple[int, int]:
-        return 0, min(stop, self.keys) if self.in_order else self.keys
+        return 0, min(self.places.reach(start, stop)[1] + 1, self.keys)
 
     def visible(self, start: int, stop: int, low: int, high: int) -> Tensor:
         indices = self.block_indices[:, :, start:stop]
@@ -120,7 +133,7 @@ class SelectedMask(Mask):
         beyond = torch.where((indices >= 0) & (indices < blocks), indices, blocks).long()
         chosen = indices.new_zeros((*indices.shape[:3], blocks + 1), dtype=torch.bool).scatter_(-1, beyond, True)
         s = torch.arange(low, high, device=indices.device)
-        causal = s <= self.positions[:, start:stop, None]
+        causal = s <= self.places.positions[:, start:stop, None]
         return (chosen[..., :blocks].repeat_interleave(self.select_block, -1)[..., low:high] & causal[:, None])[:, :, None]
 
 
@@ -159,9 +172,8 @@ class _ChunkedAttention(torch.autograd.Function):
             row = torch.where(empty, torch.inf, top + total.log())
             lse[:, :, :, start:stop] = row[..., 0]
             if selects is not None:
-                config, positions = selects.config, selects.positions[:, start:stop]
-                tokens = stop if selects.in_order else 0
-                blocks = config.num_select_blocks(tokens) if tokens else select_blocks_bound(high, config)
+                config, positions = selects.config, selects.places.positions[:, start:stop]
+                blocks = config.num_select_blocks(selects.places.reach(start, stop)[1] + 1)
                 indices.append(select_blocks(pool_importance(p.sum(2), blocks, config), positions, config))
         block_indices = torch.cat(indices, 2) if indices else q.new_empty(0, dtype=torch.int32)
         ctx.save_for_backward(q, k, v, out, lse)
@@ -226,13 +238,6 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: fl
     return out.view(b, g, r, t, -1).masked_fill(~sees, 0.0)
 
 
-def _masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, chunk: int, entries: int) -> Tensor:
-    """Attention under a mask of so many entries: fused while the mask is small, else chunk by chunk."""
-    if entries <= FUSED_MASK_ELEMENTS:
-        return _fused_attention(q, k, v, mask.visible(0, q.shape[3], 0, k.shape[2]), scale)
-    return _ChunkedAttention.apply(q, k, v, mask, scale, chunk, None)[0]
-
-
 def _gathered_attention(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, visible: Tensor, scale: float) -> Tensor:
     """Softmax over each query's own list of keys: tokens int64 and visible bool [b, g or 1, t, m]; out [b, g, r, t, e]."""
     b, g = k.shape[:2]
@@ -255,20 +260,12 @@ def _ungrouped(out: Tensor) -> Tensor:
     return rearrange(out, "b g r t d -> b (g r) t d")
 
 
-def _in_order(q: Tensor, positions: Tensor | None) -> tuple[Tensor, bool]:
-    """Positions [b or 1, t], and whether they are known on the host to be 0 .. t - 1."""
-    if positions is None:
-        return torch.arange(q.shape[2], device=q.device)[None], True
-    return positions, False
-
-
 @torch.compiler.disable
 def compressed_attention(
     q: Tensor, k_cmp: Tensor, v_cmp: Tensor, config: NSAConfig, *, scale: float, positions: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Branch `cmp` and the selection it decides: (o_cmp [b, h, t, e], block_indices int32 [b, g, t, n])."""
-    at, in_order = _in_order(q, positions)
-    mask = CompressedMask(at, in_order, k_cmp.shape[2], config)
+    mask = CompressedMask(Places(q, positions), k_cmp.shape[2], config)
     chunk = _query_chunk(q.shape[0] * q.shape[1], k_cmp.shape[2], q.device)
     out, block_indices = _ChunkedAttention.apply(_grouped(q, k_cmp.shape[1]), k_cmp, v_cmp, mask, scale, chunk, mask)
     return _ungrouped(out), block_indices
@@ -286,19 +283,25 @@ def selected_attention(
     positions: Tensor | None = None,
 ) -> Tensor:
     """Branch `slc`: softmax over the tokens s <= t of the selected blocks; [b, h, t, e]."""
-    at, in_order = _in_order(q, positions)
     b, h, t, keys = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
     grouped = _grouped(q, k.shape[1])
-    if not in_order and t <= GATHER_QUERIES:
+    if positions is not None and t <= GATHER_QUERIES:
+        blocks = config.num_select_blocks(keys)
+        if config.num_selected > blocks:  # a short cache has fewer blocks than places
+            block_indices = block_indices.sort(-1, descending=True).values[..., :blocks]
         inside = torch.arange(config.select_block, device=q.device)
         tokens = (block_indices[..., None].long() * config.select_block + inside).flatten(-2)
-        visible = (tokens >= 0) & (tokens <= at[:, None, :, None]) & (tokens < keys)
+        visible = (tokens >= 0) & (tokens <= positions[:, None, :, None]) & (tokens < keys)
         return _ungrouped(_gathered_attention(grouped, k, v, tokens, visible, scale))
-    if keys <= MASKED_UP_TO * config.num_selected * config.select_block:
-        mask = SelectedMask(at, in_order, keys, block_indices, config.select_block)
-        chunk = _query_chunk(b * h, keys, q.device)
-        return _ungrouped(_masked_attention(grouped, k, v, mask, scale, chunk, b * h * t * keys))
-    return _ungrouped(attend_by_block(grouped, k, v, block_indices, at.expand(b, t), config.select_block, scale))
+    places = Places(q, positions)
+    if keys > MASKED_UP_TO * config.num_selected * config.select_block:
+        at = places.positions.expand(b, t)
+        return _ungrouped(attend_by_block(grouped, k, v, block_indices, at, config.select_block, scale))
+    mask = SelectedMask(places, keys, block_indices, config.select_block)
+    if b * h * t * keys <= FUSED_MASK_ELEMENTS:
+        return _ungrouped(_fused_attention(grouped, k, v, mask.visible(0, t, 0, keys), scale))
+    chunk = _query_chunk(b * h, keys, q.device)
+    return _ungrouped(_ChunkedAttention.apply(grouped, k, v, mask, scale, chunk, None)[0])
 
 
 @torch.compiler.disable
@@ -306,19 +309,17 @@ def window_attention(
     q: Tensor, k: Tensor, v: Tensor, config: NSAConfig, *, scale: float, positions: Tensor | None = None
 ) -> Tensor:
     """Branch `win`: softmax over t - w < s <= t; [b, h, t, e]."""
-    at, in_order = _in_order(q, positions)
-    b, h, t, keys = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+    b, h, t, keys, window = q.shape[0], q.shape[1], q.shape[2], k.shape[2], config.window
     grouped = _grouped(q, k.shape[1])
-    if not in_order and t <= GATHER_QUERIES:
-        back = torch.arange(1 - config.window, 1, device=q.device)
-        tokens = at[:, None, :, None] + back
+    if positions is not None and t <= GATHER_QUERIES:
+        tokens = positions[:, None, :, None] + torch.arange(1 - min(window, keys), 1, device=q.device)
         visible = (tokens >= 0) & (tokens < keys)
         return _ungrouped(_gathered_attention(grouped, k, v, tokens, visible, scale))
-    mask = WindowMask(at, in_order, keys, config.window)
-    if t <= WINDOW_FUSED_UP_TO * config.window and in_order:
-        return _ungrouped(_masked_attention(grouped, k, v, mask, scale, t, h // k.shape[1] * t * keys))
+    mask = WindowMask(Places(q, positions), keys, window)
+    if positions is None and t <= WINDOW_FUSED_UP_TO * window and h // k.shape[1] * t * keys <= FUSED_MASK_ELEMENTS:
+        return _ungrouped(_fused_attention(grouped, k, v, mask.visible(0, t, 0, keys), scale))
     # A chunk of c queries computes c - 1 scores a row in vain, at the corners of the band: short chunks waste less, which
     # pays on a CPU (16,384 tokens, w 512: chunks of 128 take 0.52 s, of 512 0.99 s); a GPU minds the launches more.
-    longest = max(config.window if q.device.type == "cuda" else config.window // 4, 64)
-    chunk = min(_query_chunk(b * h, min(2 * config.window, keys), q.device), longest)
+    longest = max(window if q.device.type == "cuda" else window // 4, 64)
+    chunk = min(_query_chunk(b * h, min(2 * window, keys), q.device), longest)
     return _ungrouped(_ChunkedAttention.apply(grouped, k, v, mask, scale, chunk, None)[0])
