@@ -1,4 +1,4 @@
-"""python -m nsa_cli: the command line, and the entry that torchrun starts."""
+"""python -m nsa_cli: the command line."""
 
 from nsa_cli.cli.app import main
 

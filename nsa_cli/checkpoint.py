@@ -9,6 +9,7 @@ header says is checked against the model that its config describes before any te
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import re
@@ -119,10 +120,14 @@ def save_state(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta
 def load_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors (on the CPU) and meta of a resume state. Errors as in `read_info`."""
     with _opened(Path(path), STATE) as (handle, metadata):
-        meta = metadata.get("meta")
-        if not isinstance(meta, dict):
-            raise _damaged(Path(path), "its metadata has no 'meta'")
+        meta = _meta(Path(path), metadata)
         return {name: handle.get_tensor(name) for name in handle.keys()}, meta  # noqa: SIM118
+
+
+def read_state_meta(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The meta of a resume state, no tensor read. Errors as in `read_info`."""
+    with _opened(Path(path), STATE) as (_, metadata):
+        return _meta(Path(path), metadata)
 
 
 def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
@@ -130,7 +135,8 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], None]) ->
 
     The temporary file lies beside the target, hidden, with the process id in its name and the mode that the umask
     gives; it is synced before it takes the target's name, and the folder after. A symbolic link stays; what it points
-    to is replaced. Whatever `write` raises, the temporary file is removed and the target untouched.
+    to is replaced. Whatever `write` raises, the temporary file is removed and the target untouched. Temporary files of
+    the same target that killed processes left are removed first.
     OSError (and safetensors' own) becomes NsaError (exit 1) that names the path and the reason.
     """
     shown, target = Path(path), Path(os.path.realpath(path))
@@ -140,6 +146,7 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], None]) ->
             # Renaming over a device such as /dev/null would replace it for everybody.
             raise IsADirectoryError(errno.EISDIR, "it is a folder or a device, not a regular file")
         temporary.unlink(missing_ok=True)
+        _remove_leftovers(target)
         descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         try:
             mode = os.fstat(descriptor).st_mode & 0o777
@@ -156,6 +163,22 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], None]) ->
         _sync_folder(target.parent)
     except (OSError, SafetensorError) as error:
         raise _not_written(shown, error) from error
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Temporary files of `target` whose process is gone; those of a living one may be at work."""
+    begin = f".{target.name[:100]}."
+    for left in target.parent.glob(f"{glob.escape(begin)}*.tmp"):
+        number = left.name.removeprefix(begin).removesuffix(".tmp")
+        if not re.fullmatch(r"[1-9]\d{0,8}", number):
+            continue
+        try:
+            os.kill(int(number), 0)
+        except ProcessLookupError:
+            with suppress(OSError):
+                left.unlink()
+        except PermissionError:  # another user's, and alive
+            continue
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor], kind: str, values: Mapping[str, Any]) -> None:
@@ -226,6 +249,13 @@ def _parsed(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         message = f"{path} has format_version {version}, and this nsa ({__version__}) reads up to {FORMAT_VERSION}"
         raise _bad(message, "pip install -U nsa-cli")
     return values
+
+
+def _meta(path: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    meta = metadata.get("meta")
+    if not isinstance(meta, dict):
+        raise _damaged(path, "its metadata has no 'meta'")
+    return meta
 
 
 def _checked(path: Path, handle: Any, metadata: dict[str, Any]) -> CheckpointInfo:

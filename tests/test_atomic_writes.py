@@ -121,6 +121,16 @@ def test_a_temporary_file_left_by_an_earlier_crash_is_in_nobodys_way(tmp_path: P
     assert names_in(tmp_path) == ["file"]
 
 
+def test_temporary_files_of_killed_writers_are_removed_and_those_of_living_ones_kept(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    others = [f".file.{os.getppid()}.tmp", f".file.more.{ended.pid}.tmp", ".file.notes.tmp", ".file.99999999999.tmp"]
+    for name in [f".file.{ended.pid}.tmp", *others]:
+        (tmp_path / name).write_bytes(b"half")
+    write_atomic(tmp_path / "file", lambda temporary: temporary.write_bytes(b"new"))
+    assert names_in(tmp_path) == sorted([*others, "file"])
+
+
 def test_a_long_name_has_room_for_its_temporary_name(tmp_path: Path) -> None:
     name = "x" * 250
     write_atomic(tmp_path / name, lambda temporary: temporary.write_bytes(b"new"))

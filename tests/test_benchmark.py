@@ -14,7 +14,7 @@ import torch
 
 from nsa_cli.benchmark import BenchOptions, BenchReport, Figures, Row, cases, load_report, parity, run_bench
 from nsa_cli.benchmark.dense import Variant, fastest, variants
-from nsa_cli.benchmark.machine import Ceilings, settled_threads
+from nsa_cli.benchmark.machine import Ceilings, measure_ceilings, settled_threads
 from nsa_cli.benchmark.measuring import Bench
 from nsa_cli.benchmark.memory import peak_bytes
 from nsa_cli.benchmark.options import Shape
@@ -49,7 +49,7 @@ class FakeClock:
 def options(**changes: Any) -> BenchOptions:
     values: dict[str, Any] = {
         "seq_lens": (150,), "ladder": False, "heads": 4, "kv_heads": 2, "dim_head": 8, "model_dim": 16,
-        "nsa": SMALL, "device": "cpu", "budget_s": 0.001, "limit_s": 100.0,
+        "nsa": SMALL, "budget_s": 0.001, "limit_s": 100.0,
     }  # fmt: skip
     return BenchOptions(**{**values, **changes})
 
@@ -57,7 +57,7 @@ def options(**changes: Any) -> BenchOptions:
 @pytest.fixture(scope="module")
 def report() -> BenchReport:
     said: list[str] = []
-    found = run_bench(options(seq_lens=(33, 150)), progress=said.append)
+    found = run_bench(options(seq_lens=(33, 150)), CPU, progress=said.append)
     assert said
     return found
 
@@ -140,6 +140,15 @@ def test_roofline_takes_the_tighter_ceiling() -> None:
     ceilings = Ceilings(flops_per_s=100.0, bytes_per_s=10.0)
     assert ceilings.share(flops=50, moved_bytes=1, seconds=1.0) == 0.5
     assert ceilings.share(flops=50, moved_bytes=9, seconds=2.0) == 0.45
+
+
+def test_the_ceiling_is_float32s_where_bfloat16_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    def product(device: torch.device, dtype: torch.dtype, *_: Any) -> tuple[int, Timing]:
+        return 10, summarize([2.0 if dtype == torch.bfloat16 else 1.0])
+
+    monkeypatch.setattr("nsa_cli.benchmark.machine._largest_product", product)
+    monkeypatch.setattr("nsa_cli.benchmark.machine.COPY_BYTES", {"cpu": 4096})
+    assert measure_ceilings(CPU, torch.bfloat16, WallClock(), budget_s=0.001).flops_per_s == 2000.0
 
 
 @pytest.mark.parametrize(("nsa", "tokens"), LONG[:3])
@@ -260,7 +269,7 @@ def test_no_speed_is_reported_for_a_wrong_result(monkeypatch: pytest.MonkeyPatch
         return right(*args, **named) * 1.01
 
     monkeypatch.setattr(cases, "nsa_attention", wrong)
-    report = run_bench(options())
+    report = run_bench(options(), CPU)
     rows = {row.case: row for row in report.rows}
     for case in ("forward", "backward"):
         figures = rows[case].sparse
@@ -285,7 +294,7 @@ def test_a_leak_in_the_selection_makes_its_rows_red(monkeypatch: pytest.MonkeyPa
 
     select = cases.select
     monkeypatch.setattr("nsa_cli.benchmark.runner.select", leaky)
-    report = run_bench(options(groups=("branches", "decode")))
+    report = run_bench(options(groups=("branches", "decode")), CPU)
     rows = {row.case: row for row in report.rows}
     assert rows["branch compressed + selection, forward"].sparse.timing is None
     assert "selection" in rows["decode"].note
@@ -293,7 +302,7 @@ def test_a_leak_in_the_selection_makes_its_rows_red(monkeypatch: pytest.MonkeyPa
 
 
 def test_rows_that_would_not_end_in_time_are_left_out_and_named() -> None:
-    report = run_bench(options(seq_lens=(40, 300), limit_s=0.02, groups=("attention",)))
+    report = run_bench(options(seq_lens=(40, 300), limit_s=0.02, groups=("attention",)), CPU)
     late = [row for row in report.rows if row.seq_len == 300]
     assert late
     assert any("time limit" in row.note for row in late)
@@ -382,12 +391,10 @@ def test_wrong_options_are_refused_by_name(changes: dict[str, Any], field: str) 
         options(**changes)
 
 
-@pytest.mark.parametrize("changes", [{"kernel": "triton"}, {"kernel": "flex"}, {"device": "cuda:99"}])
-def test_what_is_not_available_ends_with_5(changes: dict[str, Any]) -> None:
-    if torch.cuda.is_available() and "kernel" in changes:
-        changes["device"] = "cpu"
+@pytest.mark.parametrize("kernel", ["triton", "flex"])
+def test_what_is_not_available_ends_with_5(kernel: str) -> None:
     with pytest.raises(NsaError) as caught:
-        run_bench(options(**changes))
+        run_bench(options(kernel=kernel), CPU)
     assert caught.value.exit_code == ExitCode.UNAVAILABLE
 
 
@@ -432,13 +439,13 @@ def test_a_row_that_turned_red_is_a_regression(report: BenchReport) -> None:
 def test_an_earlier_report_is_compared_and_another_shape_is_refused(report: BenchReport, tmp_path: Path) -> None:
     old = tmp_path / "old.json"
     old.write_text(json.dumps(report.to_dict()))
-    again = run_bench(options(seq_lens=(33,), groups=("attention",), compare=old, tolerance=1000.0))
+    again = run_bench(options(seq_lens=(33,), groups=("attention",), compare=old, tolerance=1000.0), CPU)
     assert [gate.name for gate in again.gates] == ["parity", "regression"]
     assert [item["name"] for item in again.comparison] == ["forward @ 33", "backward @ 33"]
     assert again.ok
     for changes, words in (({"heads": 8}, "heads"), ({"seq_lens": (34,), "groups": ("attention",)}, "no row")):
         with pytest.raises(NsaError, match=words) as caught:
-            run_bench(options(compare=old, **changes))
+            run_bench(options(compare=old, **changes), CPU)
         assert caught.value.exit_code == ExitCode.BAD_INPUT
 
 
@@ -457,12 +464,12 @@ def test_a_benchmark_leaves_the_random_state_as_it_was() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    run_bench(options(seq_lens=(20,), groups=("decode",)))
+    run_bench(options(seq_lens=(20,), groups=("decode",)), CPU)
     assert torch.equal(torch.rand(3), expected)
 
 
 @pytest.mark.gpu
 def test_a_small_report_on_a_gpu_is_green() -> None:
-    report = run_bench(options(seq_lens=(300,), device="cuda", dim_head=64, heads=8, kv_heads=2, dtype="bfloat16"))
+    report = run_bench(options(seq_lens=(300,), dim_head=64, heads=8, kv_heads=2, dtype="bfloat16"), torch.device("cuda"))
     assert report.ok, report.gates
     assert report.methods["time"].startswith("CUDA events")

@@ -4,8 +4,10 @@ import errno
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -105,6 +107,32 @@ def test_quiet_leaves_errors_and_nothing_else_on_stderr(here: Path, capsys: pyte
     assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == ["nsa", "hint"]
 
 
+def test_a_mistyped_variable_is_a_notice_and_changes_nothing_else(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NSA_TEMPERATUR", "1")
+    assert run(["sample", "foreign.safetensors"]) == ExitCode.BAD_INPUT
+    first, *rest = capsys.readouterr().err.splitlines()
+    assert first == "nsa: NSA_TEMPERATUR is no setting, and ignored: did you mean NSA_TEMPERATURE?"
+    assert run(["sample", "foreign.safetensors", "-q"]) == ExitCode.BAD_INPUT
+    assert capsys.readouterr().err.splitlines() == rest
+
+
+def test_a_sample_records_its_kernel_and_why_it_is_not_the_one_asked_for(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    records = []
+    for kernel in ("torch", "triton"):
+        sys.stdin.seek(0)
+        line = f"sample ckpt.safetensors --jsonl --max-tokens 1 --device cpu --kernel {kernel}"
+        assert run(line.split()) == 0
+        records.append(json.loads(capsys.readouterr().out))
+    assert [record["kernel"] for record in records] == ["torch", "torch"]
+    assert "notice" not in records[0]
+    assert "'triton'" in records[1]["notice"]
+
+
 def test_nothing_alone_shows_the_help_and_version_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([]) == 0
     shown = capsys.readouterr()
@@ -173,11 +201,31 @@ def test_a_failed_gate_is_6_after_the_report(
     report = BenchReport(
         environment=facts, config={"shape": shape}, ceilings={}, methods={}, rows=(), crossovers=(), gates=(gate,)
     )
-    monkeypatch.setattr("nsa_cli.benchmark.run_bench", lambda options, progress: report)
+    monkeypatch.setattr("nsa_cli.benchmark.run_bench", lambda options, device, progress: report)
     assert run(["bench", "--seq-len", "64", "--json"]) == ExitCode.GATE_FAILED
     shown = capsys.readouterr()
     assert json.loads(shown.out)["ok"] is False
     assert "parity: forward @ 64: far off" in shown.err
+
+
+def test_a_table_of_bench_names_units_once_and_threads_on_a_cpu_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    from nsa_cli.benchmark import BenchReport, Figures, Row
+    from nsa_cli.benchmark.timing import summarize
+    from nsa_cli.cli.output import show_bench
+
+    timing = summarize([0.003, 0.0035, 0.004])
+    side = Figures(kernel="torch", timing=timing, peak_bytes=None, flops=1, moved_bytes=1, roofline=None, parity=None)
+    row = Row(case="branch window, forward", seq_len=300, dense=None, sparse=side)
+    left_out = Row(case="backward", seq_len=300, dense=None, sparse=None, note="sparse left out: time limit")
+    shape = {"dtype": "float32", "batch": 1, "heads": 4, "kv_heads": 2, "dim_head": 8}
+    for device, threads in (("cpu", ", 3 threads;"), ("cuda", "torch 2;")):
+        facts = {"device_name": "chip", "torch": "2", "threads": 3, "device": device}
+        common: dict[str, Any] = {"environment": facts, "config": {"shape": shape}, "ceilings": {}, "methods": {}}
+        show_bench(BenchReport(**common, rows=(row, left_out), crossovers=(), gates=()))
+        shown = capsys.readouterr().out
+        assert threads in shown.splitlines()[0]
+        assert re.search(r"window, forward +300  branch +torch +3.50 ms  3.10 to 3.90 ms", shown)
+        assert "not measured at 300, for time: backward" in shown
 
 
 def test_the_checkpoints_of_these_tests_are_sparse() -> None:

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
+import typer
 
 from nsa_cli.benchmark.options import CPU_SHAPE, CUDA_SHAPE, BenchOptions
 from nsa_cli.cli import options
-from nsa_cli.cli.app import COMMANDS
-from nsa_cli.cli.resolve import Resolved, flag_message, read_config, resolve, settings_of
+from nsa_cli.cli.app import COMMANDS, app
+from nsa_cli.cli.machine import find_machine
+from nsa_cli.cli.resolve import Resolved, flag_message, read_config, resolve, settings_of, unknown_variables
 from nsa_cli.cli.train import configurations
 from nsa_cli.config import PRESETS, ModelConfig, NSAConfig, TrainConfig
 from nsa_cli.errors import ExitCode, NsaError
@@ -62,8 +66,23 @@ def test_every_name_of_a_flag_works_outside_the_command_line() -> None:
     assert resolved(environment={"NSA_NO_COMPILE": "true"})["compile"] is False
     assert resolved("bench", environment={"NSA_SEQ_LEN": "512,1024"})["seq_len"] == [512, 1024]
     assert resolved("bench", file={"seq_len": 512})["seq_len"] == [512]
+    assert resolved("bench", environment={"NSA_GROUP": "attention,training"})["group"] == ["attention", "training"]
     assert resolved("sample", environment={"NSA_STOP": "a, b"})["stop"] == ["a, b"]
     assert resolved(environment={"NSA_LR": ""})["lr"] == PRESETS["tiny"]["train"]["lr"]
+
+
+def test_a_mistyped_variable_is_named_with_the_nearest_one_and_other_programs_are_left_alone() -> None:
+    right = {"NSA_TOP_K": "5", "NSA_NO_COMPILE": "1", "NSA_CONFIG": "a.toml", "NSA_TEST_SEED": "3", "NSA_STEPY": "", "X": "1"}
+    assert unknown_variables(SETTINGS, right) == []
+    found = unknown_variables(SETTINGS, {"NSA_STEPZ": "5", "NSA_QQQQQQQ": "1"})
+    assert found == ["NSA_QQQQQQQ is no setting, and ignored", "NSA_STEPZ is no setting, and ignored: did you mean NSA_STEPS?"]
+
+
+def test_a_model_that_is_only_run_is_float32_on_every_device_unless_told() -> None:
+    for name, dtype in (("auto", torch.float32), ("bfloat16", torch.bfloat16)):
+        machine = find_machine(resolved("sample", flags={"dtype": name, "device": "cpu"}), allow_fallback=True)
+        for device in ("cpu", "cuda"):
+            assert replace(machine, device=torch.device(device)).weights_dtype == dtype
 
 
 def test_an_unknown_key_in_the_file_is_refused_with_the_nearest_one() -> None:
@@ -91,10 +110,7 @@ def test_a_value_of_the_wrong_type_in_the_file_is_refused(file: dict[str, Any]) 
 
 def test_a_wrong_value_in_the_environment_names_the_variable() -> None:
     for variable, value in (("NSA_LR", "fast"), ("NSA_COMPILE", "perhaps"), ("NSA_KERNEL", "cuda")):
-        assert (
-            f"environment variable {variable}: '{value}'"
-            in refused(ExitCode.USAGE, environment={variable: value}).message
-        )
+        assert f"environment variable {variable}: '{value}'" in refused(ExitCode.USAGE, environment={variable: value}).message
 
 
 def test_a_missing_or_malformed_config_file_is_unusable_input(tmp_path: Path) -> None:
@@ -114,9 +130,7 @@ def test_every_field_of_the_configurations_is_a_flag_of_train() -> None:
 
 def test_every_command_has_the_common_flags_with_one_meaning() -> None:
     for name in ("device", "dtype", "kernel", "seed", "json", "quiet", "verbose", "config"):
-        assert len({(s[name].flag, s[name].kind, s[name].choices, s[name].default) for s in SETTINGS.values()}) == 1, (
-            name
-        )
+        assert len({(s[name].flag, s[name].kind, s[name].choices, s[name].default) for s in SETTINGS.values()}) == 1, name
 
 
 def test_presets_make_the_configurations_they_hold() -> None:
@@ -143,6 +157,13 @@ def test_defaults_in_signatures_are_those_of_the_wings() -> None:
     for field, alias in shapes.items():
         shown = f"[CPU {getattr(CPU_SHAPE, field)}, CUDA {getattr(CUDA_SHAPE, field)}]"
         assert shown in get_args(getattr(options, alias))[1].help, field
+
+
+def test_the_help_of_bench_says_the_papers_geometry_and_that_of_train_the_presets() -> None:
+    group: Any = typer.main.get_command(app)
+    shown = {name: {option.name: option.help for option in group.commands[name].params} for name in ("train", "bench")}
+    assert shown["bench"]["window"] == r"Tokens of the sliding window (w). [dim]\[default: 512][/dim]"
+    assert shown["train"]["window"] == r"Tokens of the sliding window (w). [dim]\[tiny 32, small 64, base 512][/dim]"
 
 
 def test_heads_alone_keeps_the_presets_group_size_where_it_divides() -> None:

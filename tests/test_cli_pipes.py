@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 from pathlib import Path
@@ -77,6 +78,26 @@ def test_json_metrics_come_on_stdout_and_the_checkpoint_last_and_notices_on_stde
     assert len(notices) == 1
     assert notices[0].startswith(b"nsa: kernel 'triton'")
     assert b"going on with 'torch'" in notices[0]
+
+
+def test_a_pipe_stays_a_pipe_when_colour_is_forced(here: Path) -> None:
+    prompt = b"the cat sat on a mat and the dog ran far " * 2
+    plain = nsa("inspect", "ckpt.safetensors", stdin=prompt, cwd=here).stdout.decode()
+    forced = nsa("inspect", "ckpt.safetensors", stdin=prompt, cwd=here, FORCE_COLOR="1", COLUMNS="40").stdout.decode()
+    assert re.sub(r"\x1b\[[0-9;]*m", "", forced).split() == plain.split()
+    assert len(forced.splitlines()) == len(plain.splitlines())
+    flags = ["--steps", "2", "--dim", "16", "--depth", "1", "--out", "forced.safetensors"]
+    shown = nsa("train", "data.txt", *flags, cwd=here, FORCE_COLOR="1").stderr
+    assert not re.search(rb"\r|\x1b\[[0-9;?]*[^0-9;?m]", shown)
+
+
+def test_a_path_that_is_no_utf8_comes_out_as_its_bytes_and_in_json_escaped(here: Path) -> None:
+    flags = "--steps 1 --dim 16 --depth 1 --device cpu --overwrite --out $'d\\xff.safetensors'"
+    result = shell(f"nsa train data.txt {flags}", cwd=here, PYTHONIOENCODING="utf-8:strict")
+    assert (result.returncode, result.stdout) == (0, b"d\xff.safetensors\n"), result.stderr
+    result = shell(f"nsa train data.txt {flags} --json", cwd=here, PYTHONIOENCODING="utf-8:strict")
+    assert result.returncode == 0, result.stderr
+    assert os.fsencode(json.loads(result.stdout.splitlines()[-1])["checkpoint"]) == b"d\xff.safetensors"
 
 
 def test_ctrl_c_saves_the_state_and_the_run_goes_on_from_it_with_no_flag_repeated(here: Path) -> None:

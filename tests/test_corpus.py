@@ -70,6 +70,13 @@ def test_a_folder_gives_its_text_files_sorted_and_skips_the_hidden_and_the_unkno
     assert corpus.sources == [str(folder / name) for name in names]
 
 
+def test_a_folder_that_a_run_writes_into_is_read_without_the_runs_own_metrics(folder: Path) -> None:
+    expected = load(folder)
+    (folder / "ckpt.metrics.jsonl").write_text('{"event": "start"}\n')
+    assert load(folder).sources == expected.sources
+    assert load(folder).fingerprint == expected.fingerprint
+
+
 def test_the_order_of_a_folder_is_not_the_order_of_the_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = load(folder)
     walk = os.walk

@@ -12,11 +12,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nsa_cli.checkpoint import load_state, read_info, save_state
+from nsa_cli.checkpoint import load_state, read_info, save_checkpoint, save_state
 from nsa_cli.config import NSAConfig
 from nsa_cli.data import Corpus
 from nsa_cli.errors import ExitCode, NsaError
-from nsa_cli.training import RunPaths, run_settings
+from nsa_cli.training import RunPaths, run_settings, saving
+from nsa_cli.training.metrics import MetricsLog
 from tests.training_runs import (
     GEOMETRY,
     Told,
@@ -322,6 +323,125 @@ def test_damaged_states_are_refused_with_exit_3(tmp_path: Path) -> None:
     refused("does not fit the model")
     save_state(state, {name: tensor for name, tensor in tensors.items() if name != "rng.cpu"}, meta)
     refused("does not fit the model")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"train": {"foo": 1}},
+        {"train": 5},
+        {"train": {"steps": -1}},
+        {"train": {"steps": "x"}},
+        {"model": 5},
+        {"model": {"dim": "wide"}},
+        {"step": "abc"},
+        {"step": -1},
+        {"step": True},
+        {"elapsed_s": "abc"},
+        {"best_val_loss": "abc"},
+        {"best_step": "abc"},
+        {"pending": 3},
+        {"pending": {"foo": 1}},
+        {"tokenizer": []},
+        {"fingerprint": 1},
+    ],
+    ids=str,
+)
+def test_a_state_whose_metadata_was_tampered_with_is_refused_in_one_line_with_exit_3(
+    tmp_path: Path, wrong: dict[str, Any]
+) -> None:
+    corpus = text_corpus(tmp_path)
+    run(tmp_path, corpus, config={"steps": 1, "eval_every": 0})
+    state = tmp_path / "ckpt.state.safetensors"
+    tensors, meta = load_state(state)
+    save_state(state, tensors, {**meta, **wrong})
+    for read in (lambda: run_settings(state), lambda: run(tmp_path, corpus, resume=ckpt(tmp_path))):
+        with pytest.raises(NsaError, match=r"ckpt\.state\.safetensors is damaged") as caught:
+            read()
+        assert caught.value.exit_code == ExitCode.BAD_INPUT
+        assert "\n" not in caught.value.message
+
+
+def test_weights_whose_metadata_was_tampered_with_are_written_anew_from_the_state(tmp_path: Path) -> None:
+    corpus = text_corpus(tmp_path)
+    run(tmp_path, corpus)
+    last = weights(tmp_path)
+    save_checkpoint(ckpt(tmp_path), last, config=model_config(), step=12, extra={"train": {"foo": 1}})
+    told = Told()
+    assert run_settings(ckpt(tmp_path)) == (model_config(), train_config())
+    run(tmp_path, corpus, resume=ckpt(tmp_path), reporter=told)
+    assert same_tensors(weights(tmp_path), last)
+    assert any("restored" in text for text in told.notices)
+
+
+def test_a_run_killed_before_its_first_save_goes_on_from_step_0(tmp_path: Path) -> None:
+    corpus = text_corpus(tmp_path)
+    run(tmp_path, corpus, "whole", model=DROPOUT)
+    with pytest.raises(Killed):
+        run(tmp_path, corpus, model=DROPOUT, reporter=stopping(3, kill))
+    told = Told()
+    run(tmp_path, corpus, model=DROPOUT, resume=ckpt(tmp_path), reporter=told)
+    assert told.started[0]["from_step"] == 0
+    assert_same_run(tmp_path, "ckpt", "whole")
+
+
+def test_a_run_killed_while_it_replaced_another_goes_on_as_itself(tmp_path: Path) -> None:
+    corpus = text_corpus(tmp_path)
+    new = {"seed": 3, "eval_every": 4}
+    run(tmp_path, corpus, "whole", config=new)
+    run(tmp_path, corpus)
+    with pytest.raises(Killed):
+        run(tmp_path, corpus, overwrite=True, config=new, reporter=stopping(3, kill))
+    assert run_settings(ckpt(tmp_path)) == (model_config(), train_config(**new))
+    run(tmp_path, corpus, config=new, resume=ckpt(tmp_path))
+    assert_same_run(tmp_path, "ckpt", "whole")
+    assert records(tmp_path)[0]["train"]["seed"] == 3
+
+
+def test_a_run_killed_before_it_began_its_metrics_does_not_take_an_earlier_runs(tmp_path: Path, monkeypatch: Any) -> None:
+    corpus = text_corpus(tmp_path)
+    run(tmp_path, corpus)
+    before = (tmp_path / "ckpt.metrics.jsonl").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "start", lambda *arguments: kill())
+        with pytest.raises(Killed):
+            run(tmp_path, corpus, overwrite=True, config={"seed": 3})
+    assert (tmp_path / "ckpt.metrics.jsonl").read_bytes() == before
+    run(tmp_path, corpus, config={"seed": 3}, resume=ckpt(tmp_path))
+    assert [record["train"]["seed"] for record in records(tmp_path) if "event" in record] == [3, 3]
+
+
+def test_weights_of_a_replaced_run_at_the_same_step_are_not_taken_for_the_new_ones(tmp_path: Path, monkeypatch: Any) -> None:
+    corpus = text_corpus(tmp_path)
+    new = {"seed": 3, "save_every": 5}
+    run(tmp_path, corpus, "whole", config=new)
+    interrupted_run(tmp_path, corpus, at=5)
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "save_checkpoint", lambda *arguments, **options: kill())
+        with pytest.raises(Killed):
+            run(tmp_path, corpus, overwrite=True, config=new)
+    assert read_info(ckpt(tmp_path)).step == 5
+    run(tmp_path, corpus, config=new, resume=ckpt(tmp_path), reporter=stopping(6, interrupt))
+    best = load_state(tmp_path / "ckpt.state.safetensors")[1]["best_val_loss"]
+    assert read_info(tmp_path / "ckpt.best.safetensors").metadata["val_loss"] == best
+    run(tmp_path, corpus, config=new, resume=ckpt(tmp_path))
+    assert_same_run(tmp_path, "ckpt", "whole")
+
+
+@pytest.mark.parametrize("at", [1, 3, 5])
+def test_a_reader_that_goes_away_costs_no_step(tmp_path: Path, at: int) -> None:
+    def gone() -> None:
+        raise BrokenPipeError
+
+    corpus = text_corpus(tmp_path)
+    run(tmp_path, corpus, "whole")
+    with pytest.raises(BrokenPipeError):
+        run(tmp_path, corpus, reporter=stopping(at, gone))
+    assert read_info(ckpt(tmp_path)).step == at
+    told = Told()
+    run(tmp_path, corpus, resume=ckpt(tmp_path), reporter=told)
+    assert told.started[0]["from_step"] == at
+    assert_same_run(tmp_path, "ckpt", "whole")
 
 
 def test_the_files_of_a_run_are_named_after_its_checkpoint() -> None:

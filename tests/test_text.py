@@ -267,6 +267,13 @@ def test_json_has_one_object_a_continuation_in_order() -> None:
     assert all(piece.endswith(b"\n") for piece in pieces)
 
 
+def test_every_json_object_ends_with_the_facts_of_the_run() -> None:
+    facts = {"kernel": "torch", "notice": "no GPU"}
+    pieces, _ = _run(Script({b"a": b"1", b"b": b"2"}), b"a\nb\n", jsonl=True, facts=facts)
+    for piece in pieces:
+        assert list(json.loads(piece).items())[-2:] == list(facts.items())
+
+
 def test_json_does_not_depend_on_how_many_prompts_there_are() -> None:
     model = Script({b"a": b"1\n2", b"b": b"3"})
     alone, _ = _run(model, b"a\n", jsonl=True)

@@ -207,7 +207,7 @@ def test_the_state_is_written_before_the_weights_that_it_can_restore(tmp_path: P
         monkeypatch.setattr(saving, name, noted)
     run(tmp_path, text_corpus(tmp_path), config={"save_every": 6, "eval_every": 12})
     state, last, best = "ckpt.state.safetensors", "ckpt.safetensors", "ckpt.best.safetensors"
-    assert written == [state, last, state, last, best]
+    assert written == [state, state, last, state, last, best]
 
 
 def test_the_checkpoint_carries_the_run_and_loads_into_a_model(tmp_path: Path) -> None:

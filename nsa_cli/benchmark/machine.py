@@ -28,8 +28,9 @@ COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}
 
 @dataclass(frozen=True, kw_only=True)
 class Ceilings:
-    """What this device reaches: FLOP/s of one large square matrix product in the report's dtype, bytes/s (read and
-    written) of one large copy. From the 10th percentile of the times, not the median: a ceiling is a good case."""
+    """What this device reaches: FLOP/s of one large square matrix product in float32 or the report's dtype, whichever is
+    faster (a CPU without bf16 hardware may work in float32), bytes/s (read and written) of one large copy. From the 10th
+    percentile of the times, not the median: a ceiling is a good case."""
 
     flops_per_s: float
     bytes_per_s: float
@@ -40,13 +41,14 @@ class Ceilings:
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype, clock: Clock, *, budget_s: float = 0.5) -> Ceilings:
-    """Time a large matrix product and a large copy on the device."""
-    size, product = _largest_product(device, dtype, clock, budget_s)
+    """Time large matrix products and a large copy on the device."""
+    products = [_largest_product(device, kind, clock, budget_s) for kind in {dtype, torch.float32}]
     source = torch.ones(COPY_BYTES.get(device.type, 2**28) // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
     copy = measure(lambda: target.copy_(source), clock=clock, budget_s=budget_s, max_repeats=30)
-    return Ceilings(flops_per_s=2 * size**3 / product.p10_s, bytes_per_s=2 * source.nbytes / copy.p10_s)
+    flops_per_s = max(2 * size**3 / product.p10_s for size, product in products)
+    return Ceilings(flops_per_s=flops_per_s, bytes_per_s=2 * source.nbytes / copy.p10_s)
 
 
 def probe_seconds(threads: int) -> float:

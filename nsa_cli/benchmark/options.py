@@ -39,8 +39,9 @@ class BenchOptions:
     """One benchmark; wrong values raise ValueError with the field, the value and the rule.
 
     seq_lens: lengths to measure. ladder: shorter powers of two too, each a quarter of the next, so that the length from
-    which sparse wins can be named; None does so when one length is given. heads, kv_heads, dim_head, model_dim, model_depth: None takes the
-    device's default (CPU 8, 2, 64, 256, 1; CUDA 64, 4, 128, 1024, 2; kv_heads keeps the group size where it divides).
+    which sparse wins can be named; None does so when one length is given. heads, kv_heads, dim_head, model_dim,
+    model_depth: None takes the device's default (CPU 8, 2, 64, 256, 1; CUDA 64, 4, 128, 1024, 2; kv_heads keeps the
+    group size where it divides).
     dtype: auto (float32 on a CPU, bfloat16 on CUDA), float32 or bfloat16. groups: which rows, of GROUPS.
     limit_s: seconds the whole report may take; rows that would not fit are left out and named. budget_s: timed
     seconds of one measurement, beyond its least number of repeats. compare: an earlier JSON report; a row slower by
@@ -56,7 +57,6 @@ class BenchOptions:
     model_dim: int | None = None
     model_depth: int | None = None
     nsa: NSAConfig = field(default_factory=NSAConfig)
-    device: str = "auto"
     dtype: str = "auto"
     kernel: str = "auto"
     seed: int = 0

@@ -1,4 +1,4 @@
-"""The benchmark from options to report: the device, the kernel, the measurements, the gates."""
+"""The benchmark from options to report: the kernel, the measurements, the gates."""
 
 from __future__ import annotations
 
@@ -16,18 +16,16 @@ from nsa_cli.benchmark.regression import check_comparable, compare_reports
 from nsa_cli.benchmark.report import BenchReport, find_crossovers, load_report, parity_gate
 from nsa_cli.benchmark.runner import Runner
 from nsa_cli.benchmark.timing import Deadline, make_clock
-from nsa_cli.errors import ExitCode, NsaError
 from nsa_cli.ops.dispatch import resolve_kernel
 
 
-def run_bench(options: BenchOptions, *, progress: Callable[[str], None] = lambda text: None) -> BenchReport:
-    """Measure everything `options` asks for on this machine; progress is told, in a few words, what runs.
+def run_bench(options: BenchOptions, device: torch.device, *, progress: Callable[[str], None] = lambda text: None) -> BenchReport:
+    """Measure everything `options` asks for on the device; progress is told, in a few words, what runs.
 
-    Errors: NsaError with exit code 5 for a device or kernel that is not available, 3 for an earlier report that
+    Errors: NsaError with exit code 5 for a kernel that is not available, 3 for an earlier report that
     cannot be read or compared. A failed gate (parity, regression) is no error: it is in the report, whose `ok` is
     then False.
     """
-    device = _device(options.device)
     kernel, _ = resolve_kernel(options.kernel, device, allow_fallback=False)
     dtype = _dtype(options.dtype, device)
     shape = options.shape(device.type)
@@ -66,21 +64,6 @@ def run_bench(options: BenchOptions, *, progress: Callable[[str], None] = lambda
         comparison=comparison,
         elapsed_s=deadline.elapsed_s,
     )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise NsaError(f"--device {name}: no such device", "use cpu, cuda or auto", ExitCode.USAGE) from error
-    usable = device.type == "cpu" or (
-        device.type == "cuda" and torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
-    )
-    if not usable:
-        raise NsaError(f"--device {name}: not available here", "use --device cpu", ExitCode.UNAVAILABLE)
-    return device
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

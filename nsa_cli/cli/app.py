@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from nsa_cli import __version__
 from nsa_cli.cli.bench import bench
 from nsa_cli.cli.inspect import inspect
+from nsa_cli.cli.options import PaperCommand
 from nsa_cli.cli.resolve import flag_message, settings_of
 from nsa_cli.cli.sample import sample
 from nsa_cli.cli.train import train
@@ -46,7 +47,8 @@ COMMANDS: dict[str, Callable[..., int]] = {"train": train, "sample": sample, "be
 for _name, _command in COMMANDS.items():
     # typer keeps a docstring's line breaks, which are the source file's and no reader's.
     _paragraphs = (_command.__doc__ or "").split("\n\n")
-    app.command(_name, help="\n\n".join(" ".join(part.split()) for part in _paragraphs))(_command)
+    _help = "\n\n".join(" ".join(part.split()) for part in _paragraphs)
+    app.command(_name, help=_help, cls=PaperCommand if _command is bench else TyperCommand)(_command)
 
 _NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 _LESS_MEMORY = {

@@ -81,9 +81,9 @@ def run(settings: Resolved) -> int:
     if settings["verbose"]:
         messages.list_settings(settings.report())
     machine = find_machine(settings, allow_fallback=False)
-    asked = bench_options(settings, device=str(machine.device))
+    asked = bench_options(settings)
     with output.Status(messages) as status:
-        report = run_bench(asked, progress=status)
+        report = run_bench(asked, machine.device, progress=status)
     if settings["json"]:
         output.write_json(report.to_dict(), indent=2)
     elif settings["csv"]:
@@ -96,8 +96,8 @@ def run(settings: Resolved) -> int:
     raise NsaError(f"gate failed: {failed}", "the report above stands", ExitCode.GATE_FAILED)
 
 
-def bench_options(settings: Resolved, *, device: str) -> BenchOptions:
+def bench_options(settings: Resolved) -> BenchOptions:
     """The benchmark's options; NsaError names the flag of a wrong value."""
     from nsa_cli.benchmark import BenchOptions
 
-    return settings.make(BenchOptions, _NAMES, nsa=settings.make(NSAConfig), device=device)
+    return settings.make(BenchOptions, _NAMES, nsa=settings.make(NSAConfig))

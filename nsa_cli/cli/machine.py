@@ -24,12 +24,11 @@ class Machine:
 
     @property
     def weights_dtype(self) -> torch.dtype:
-        """The number format of a model that is only run: for auto, bfloat16 on a GPU and float32 elsewhere."""
+        """The number format of a model that is only run: float32 for auto, also on a GPU. In bfloat16 a batch's rounding
+        flips near ties, and what a prompt gets would depend on its neighbours."""
         import torch
 
-        if self.dtype is not None:
-            return self.dtype
-        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        return torch.float32 if self.dtype is None else self.dtype
 
 
 def find_machine(settings: Resolved, *, allow_fallback: bool) -> Machine:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
 from nsa_cli.config import (
     PRESETS,
@@ -66,10 +67,27 @@ def _preset_text(field: str) -> str:
     if distinct == {"None"}:
         return ""
     if len(distinct) == 1:
-        (text,) = distinct
-        return f" [dim]\\[default: {text.lower() if text in ('True', 'False') else text}][/dim]"
+        return _default_text(*values.values())
     listed = ", ".join(f"{preset} {'none' if value is None else value}" for preset, value in values.items())
     return f" [dim]\\[{listed}][/dim]"
+
+
+def _default_text(*values: Any) -> str:
+    text = str(values[0])
+    return f" [dim]\\[default: {text.lower() if text in ('True', 'False') else text}][/dim]"
+
+
+class PaperCommand(TyperCommand):
+    """A command without presets, whose sparse attention is the paper's by default: its help says those values."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        paper = {field.name: field.default for field in dataclasses.fields(NSAConfig)}
+        for option in self.params:
+            if option.name in paper:
+                text: str = getattr(option, "help", "")
+                text = text.removesuffix(_preset_text(option.name)) + _default_text(paper[option.name])
+                setattr(option, "help", text)  # noqa: B010
 
 
 def _flag(names: str, text: str, panel: str, **settings: Any) -> Any:
@@ -96,9 +114,14 @@ def _shape(names: str, text: str, cpu: int, cuda: int) -> Any:
     return _count(names, f"{text} [dim]\\[CPU {cpu}, CUDA {cuda}][/dim]", MEASURING)
 
 
+_DTYPE_HELP = (
+    "Arithmetic; auto is float32, and bfloat16 where train and bench run on a GPU. bfloat16 is faster there and may flip "
+    "near ties in sample and inspect."
+)
+
 # Running: every command has these.
 Device = Annotated[str, _flag("--device", "cpu, cuda, cuda:1, or auto: a GPU when there is one.", RUNNING, metavar="NAME")]
-Dtype = Annotated[DType, _flag("--dtype", "Arithmetic; auto is bfloat16 on a GPU and float32 on a CPU.", RUNNING)]
+Dtype = Annotated[DType, _flag("--dtype", _DTYPE_HELP, RUNNING)]
 KernelName = Annotated[Kernel, _flag("--kernel", "Sparse attention's implementation; all compute the same function.", RUNNING)]
 Seed = Annotated[int, _count("--seed", "Decides every random number.", RUNNING)]
 Json = Annotated[bool, _flag("--json", "JSON on stdout instead of text.", OUTPUT)]

@@ -7,6 +7,8 @@ What of rich is needed here and there only is imported there: `nsa --help` loads
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -31,6 +33,12 @@ _WIDEST = 100_000
 
 
 class _Console(Console):
+    @property
+    def is_live(self) -> bool:
+        """Whether a person watches: rich's is_terminal is also true for a pipe under FORCE_COLOR, which asks for
+        colour and not for a terminal's width and moving parts."""
+        return self.is_terminal and self.file.isatty()
+
     def on_broken_pipe(self) -> None:
         """rich would leave with exit code 1; the boundary in app.py knows better."""
         raise
@@ -99,7 +107,7 @@ class TrainingReporter:
 
     def __init__(self, messages: Messages, *, json_lines: bool) -> None:
         self._messages, self._json = messages, json_lines
-        self._live = messages.console.is_terminal and not messages.quiet
+        self._live = messages.console.is_live and not messages.quiet
         self._steps = 0
         self._bar: Progress | None = None
         self._task: Any = None
@@ -221,7 +229,7 @@ class Status:
 
     def __init__(self, messages: Messages) -> None:
         self._messages = messages
-        live = messages.console.is_terminal and not messages.quiet
+        live = messages.console.is_live and not messages.quiet
         self._spinner = messages.console.status("starting") if live else None
         self._spoken_s = time.monotonic()
 
@@ -244,20 +252,30 @@ class Status:
 
 
 def write_line(text: str) -> None:
-    """One line of the product, on its way at once: what reads the pipe may be waiting for it."""
-    sys.stdout.write(text + "\n")
+    """One line of the product, on its way at once: what reads the pipe may be waiting for it.
+
+    A path comes out as the bytes it is, UTF-8 or not, whatever stdout's own encoding would refuse.
+    """
+    try:
+        data = os.fsencode(text)
+    except UnicodeEncodeError:
+        data = text.encode("utf-8", "backslashreplace")
     sys.stdout.flush()
+    sys.stdout.buffer.write(data + b"\n")
+    sys.stdout.buffer.flush()
 
 
 def write_json(value: Any, *, indent: int | None = None) -> None:
-    """One JSON document as a line (or indented) of the product."""
-    write_line(json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False))
+    """One JSON document as a line (or indented) of the product. A path's bytes that are no UTF-8, which Python holds as
+    lone surrogates, are escaped as JSON does."""
+    text = json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False)
+    write_line(re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text))
 
 
 def write_tables(*parts: RenderableType) -> None:
     """Tables and text on stdout. On a terminal cells fold; in a pipe the width is what the widest table needs."""
     console = _Console(highlight=False)
-    if not console.is_terminal:
+    if not console.is_live:
         options = console.options.update(width=_WIDEST, max_width=_WIDEST)
         widest = max((Measurement.get(console, options, part).maximum for part in parts), default=1)
         console = _Console(highlight=False, width=max(widest, 1))
@@ -271,21 +289,23 @@ def write_tables(*parts: RenderableType) -> None:
 def show_bench(report: BenchReport) -> None:
     """A benchmark's report: the machine, two lines a row (dense over sparse), where sparse wins, the gates."""
     facts, shape = report.environment, report.config["shape"]
-    threads = "thread" if facts["threads"] == 1 else "threads"
+    threads = f", {facts['threads']} thread{'' if facts['threads'] == 1 else 's'}" if facts["device"] == "cpu" else ""
     head = Text(
-        f"{facts['device_name']}, torch {facts['torch']}, {facts['threads']} {threads}; "
+        f"{facts['device_name']}, torch {facts['torch']}{threads}; "
         f"{shape['dtype']}, batch {shape['batch']}, {shape['heads']} query heads, "
         f"{shape['kv_heads']} key/value heads of {shape['dim_head']}"
     )
-    table = _table(*_BENCH_COLUMNS)
+    table = _table(*_BENCH_COLUMNS, narrow=True)
     notes, left_out = [], dict[int, list[str]]()
     for row in report.rows:
         first = True
-        for side, figures in (("dense", row.dense), ("sparse", row.sparse)):
+        sparse = "branch" if row.is_branch else "sparse"
+        for side, figures in (("dense", row.dense), (sparse, row.sparse)):
             if figures is None:
                 continue
             speedup = "" if row.speedup is None or side == "dense" else f"{row.speedup:.2f}x"
-            table.add_row(*([row.case, f"{row.seq_len:,}"] if first else ["", ""]), side, *_figure_cells(figures, speedup))
+            case = row.case.removeprefix("branch ")
+            table.add_row(*([case, f"{row.seq_len:,}"] if first else ["", ""]), side, *_figure_cells(figures, speedup))
             first = False
         if row.note and not (first and "time limit" in row.note):
             notes.append(Text(f"{row.name}: {row.note}"))
@@ -297,7 +317,7 @@ def show_bench(report: BenchReport) -> None:
     ]
     notes += [Text(f"not measured at {n:,}, for time: {', '.join(cases)}") for n, cases in left_out.items()]
     notices = [Text(notice) for notice in report.notices]
-    write_tables(head, table, *notes, *notices, *map(Text, report.crossover), *gates)
+    write_tables(head, *([table] if table.rows else []), *notes, *notices, *map(Text, report.crossover), *gates)
 
 
 _BENCH_COLUMNS = (
@@ -318,7 +338,7 @@ def _figure_cells(figures: Figures, speedup: str) -> list[str]:
     timing, parity = figures.timing, figures.parity
     times = ["not shown", ""]
     if timing is not None:
-        times = [duration_text(timing.median_s), f"{duration_text(timing.p10_s)} to {duration_text(timing.p90_s)}"]
+        times = [duration_text(timing.median_s), _span_text(timing.p10_s, timing.p90_s)]
     peak = "" if figures.peak_bytes is None else f"{figures.peak_bytes / 2**20:,.1f} MiB"
     roofline = "" if figures.roofline is None else f"{figures.roofline:.0%}"
     error = "" if parity is None else f"{parity.max_error:.1e}"
@@ -332,9 +352,10 @@ def _figure_cells(figures: Figures, speedup: str) -> list[str]:
     ]
 
 
-def _table(*columns: str) -> Table:
-    """A table whose cells fold and are never cut; a column's name begins with > when its cells stand on the right."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+def _table(*columns: str, narrow: bool = False) -> Table:
+    """A table whose cells fold and are never cut; a column's name begins with > when its cells stand on the right.
+    narrow: two blanks between columns instead of three."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=narrow)
     for name in columns:
         table.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left", overflow="fold")
     return table
@@ -359,7 +380,7 @@ def _score_tables(view: QueryView, found: Inspection, tokenizer: Tokenizer) -> l
     ranges = [f"{block.first} to {block.last}" for block in view.blocks]
     texts = [_shown(tokenizer.decode(found.ids[block.first : block.last + 1])) for block in view.blocks]
     width = len(view.heads)
-    if console.is_terminal:
+    if console.is_live:
         # A column takes its widest cell and three more; a score's is as wide as its header.
         left = 5 + max(6, *map(len, ranges)) + max(4, *map(len, texts)) + 3 * 3 + 1
         width = max(1, (console.width - left) // (len("head ") + len(str(view.heads[-1].head)) + 3))
@@ -416,6 +437,13 @@ def duration_text(seconds: float) -> str:
     value = seconds / scale
     digits = 0 if value >= 100 else 1 if value >= 10 else 2
     return f"{value:,.{digits}f} {unit}"
+
+
+def _span_text(low_s: float, high_s: float) -> str:
+    """Two durations, the unit once where it is the same: 3.11 to 4.02 ms."""
+    low, high = duration_text(low_s), duration_text(high_s)
+    unit = f" {high.split()[1]}"
+    return f"{low.removesuffix(unit)} to {high}" if low.endswith(unit) else f"{low} to {high}"
 
 
 def seconds_text(seconds: float) -> str:

@@ -31,7 +31,8 @@ _NOT_IN_FILE = ("config", "version")
 @dataclass(frozen=True)
 class Setting:
     """One option of one command. keys: its names outside the command line, each with whether it says the opposite
-    (`dense` of `sparse`); kind: int, float, bool, str or Path; choices: the allowed texts, if they are few."""
+    (`dense` of `sparse`); kind: int, float, bool, str or Path; choices: the allowed texts, if they are few; free_text:
+    its metavar is TEXT, so that a comma in it means itself."""
 
     name: str
     flag: str
@@ -40,11 +41,13 @@ class Setting:
     choices: tuple[str, ...]
     many: bool
     default: Any
+    free_text: bool = False
 
     def read(self, value: Any, from_text: bool) -> Any:
-        """`value` as this setting's type; ValueError says what it must be. from_text: an environment variable's."""
+        """`value` as this setting's type; ValueError says what it must be. from_text: an environment variable's, where
+        commas or blanks part a list."""
         if self.many:
-            items = value.replace(",", " ").split() if from_text and self.kind is not str else value
+            items = value.replace(",", " ").split() if from_text and not self.free_text else value
             return [self._read_one(item, from_text) for item in (items if isinstance(items, list) else [items])]
         return self._read_one(value, from_text)
 
@@ -157,7 +160,8 @@ def settings_of(command: Callable[..., Any]) -> dict[str, Setting]:
                 if flag.startswith("--"):
                     keys[flag.removeprefix("--").replace("-", "_")] = bool(opposite)
         flag = names[0].split("/")[0]
-        settings[name] = Setting(name, flag, keys, str if choices else kind, choices, many, parameter.default)
+        free_text = declaration.metavar == "TEXT"
+        settings[name] = Setting(name, flag, keys, str if choices else kind, choices, many, parameter.default, free_text)
     return settings
 
 
@@ -211,6 +215,20 @@ def _from_environment(settings: Mapping[str, Setting], environment: Mapping[str,
                 raise NsaError(f"environment variable {variable}: {error}", hint, ExitCode.USAGE) from None
             found[name] = (not value if opposite else value, Origin("environment", variable))
     return found
+
+
+def unknown_variables(commands: Mapping[str, Mapping[str, Setting]], environment: Mapping[str, str]) -> list[str]:
+    """A line for each variable that looks like a setting and is no command's: "NSA_STEPZ is no setting ...".
+
+    A notice and no error: others may name their variables so, and the tests do (NSA_TEST_SEED).
+    """
+    known = {f"NSA_{key.upper()}" for settings in commands.values() for setting in settings.values() for key in setting.keys}
+    lines = []
+    for name in sorted(environment):
+        if environment[name] and name.startswith("NSA_") and not name.startswith("NSA_TEST_") and name not in known:
+            close = difflib.get_close_matches(name, sorted(known), n=1)
+            lines.append(f"{name} is no setting, and ignored" + (f": did you mean {close[0]}?" if close else ""))
+    return lines
 
 
 def _from_file(
@@ -290,6 +308,10 @@ def load(ctx: typer.Context) -> Resolved:
         name, commands, flags=flags, environment=os.environ, file=file, file_name=str(path) if path else "config file"
     )
     ctx.obj["verbose"] = resolved["verbose"]
+    if unknown := unknown_variables(commands, os.environ):
+        from nsa_cli.cli.output import Messages
+
+        Messages(quiet=resolved["quiet"]).list_settings(unknown)
     return resolved
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import sys
 from pathlib import Path
@@ -75,6 +76,8 @@ def run(checkpoint: Path, settings: Resolved) -> int:
     if machine.notice:
         messages.notice(machine.notice)
     model, info = load_checkpoint(checkpoint, device=machine.device, dtype=machine.weights_dtype, kernel=machine.kernel)
+    facts = {"kernel": model.kernel} | ({"notice": machine.notice} if machine.notice else {})
+    text_options = dataclasses.replace(text_options, facts=facts)
     if sys.stdin.isatty():
         messages.notice("reading prompts from the terminal, one a line; Ctrl-D ends them")
     # Read here: a signal that comes while the terminal waits for prompts shall end the program at once.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,15 +90,30 @@ def run(data: list[str], settings: Resolved) -> int:
     """Train as the settings say; 0, or 130 and 143 for a run that a signal ended with its state saved."""
     from nsa_cli.training.run import RunPaths
 
+    _refuse_many_processes()
     resume: Path | None = settings["resume"]
-    paths = RunPaths.beside(settings["out"])
-    if resume is None:
-        if not settings["overwrite"]:
-            paths.refuse_existing()
-    elif not settings.chosen("out"):
-        paths = RunPaths.of_run(resume)
+    moves = settings.chosen("out")
+    paths = RunPaths.beside(settings["out"]) if resume is None or moves else RunPaths.of_run(resume)
+    if resume is not None:
+        _refuse_preset(settings)
+    elif not settings["overwrite"]:
+        paths.refuse_existing()
     result = _train(data, settings, paths)
     return 128 + result.signal if result.signal is not None else 0
+
+
+def _refuse_many_processes() -> None:
+    world = os.environ.get("WORLD_SIZE", "")
+    if world.isdecimal() and int(world) > 1:
+        message = f"WORLD_SIZE={world}: nsa train runs in one process, and these would all write the same files"
+        raise NsaError(message, "run one process, without torchrun", ExitCode.UNAVAILABLE)
+
+
+def _refuse_preset(settings: Resolved) -> None:
+    # Only on the command line: one config file or environment may serve new and resumed runs.
+    if settings.origins["preset"].kind == "flag":
+        message = f"--preset {settings['preset']} cannot change a run that --resume goes on with"
+        raise NsaError(message, "leave --preset out, or start a new run without --resume", ExitCode.USAGE)
 
 
 def _train(data: list[str], settings: Resolved, paths: RunPaths) -> TrainResult:
@@ -165,14 +181,13 @@ def _continue(settings: Resolved, resume: Path) -> None:
 
 
 def _tokenizer(settings: Resolved) -> Tokenizer:
-    """--tokenizer's, else the resumed checkpoint's, else bytes."""
-    from nsa_cli.checkpoint import read_info
+    """--tokenizer's, else the resumed run's, else bytes."""
     from nsa_cli.data import load_tokenizer
-    from nsa_cli.training.run import RunPaths
+    from nsa_cli.training import run_tokenizer
 
     resume: Path | None = settings["resume"]
-    if settings["tokenizer"] is None and resume is not None and (last := RunPaths.of_run(resume).last).exists():
-        return read_info(last).tokenizer
+    if settings["tokenizer"] is None and resume is not None:
+        return run_tokenizer(resume)
     return load_tokenizer(None if settings["tokenizer"] is None else str(settings["tokenizer"]))
 
 

@@ -27,6 +27,7 @@ TEXT_SUFFIXES = frozenset("." + suffix for suffix in f"{_TEXT} {_CODE}".split(" 
 """What a folder is searched for (also with .gz after it). A file that is named or matched by a glob may have any."""
 
 _RECORDS = (".jsonl", ".ndjson")
+_OWN_OUTPUT = ".metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def load_corpus(
     sources, in the order given:
       a file: its bytes; `.gz` is unpacked; of `.jsonl` and `.ndjson` the string under `text_key` of every line's
       object; a folder: the files below it whose suffix is in TEXT_SUFFIXES (or that and .gz), sorted by path; names
-        that begin with a dot are skipped, links to folders are not followed;
+        that begin with a dot are skipped, as is `*.metrics.jsonl`, what nsa writes beside a checkpoint; links to folders
+        are not followed;
       a glob that the shell left as it is: its matches, sorted; `**` crosses folders;
       `-`: stdin, to its end.
     A file reached twice is read once: its copy in the held-out tail would be validation on training data. Between two
@@ -161,6 +163,8 @@ def _folder(folder: Path) -> list[str]:
 
 
 def _is_text_name(name: str) -> bool:
+    if name.endswith(_OWN_OUTPUT):
+        return False
     stem = name.lower().removesuffix(".gz")
     return not name.startswith(".") and Path(stem).suffix in TEXT_SUFFIXES
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import base64
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Literal
 
@@ -38,7 +38,8 @@ class TextOptions:
     framing: see the module's docstring. stops: a continuation ends before any of them. jsonl: one JSON object a
     continuation instead of bytes. echo: the prompt before its continuation (JSON always has it). logprobs: the ids
     and their log-probabilities in the JSON. timings: elapsed seconds in the JSON, which then differs from run to run.
-    use_cache=False recomputes every token from the whole text. Wrong values raise ValueError.
+    use_cache=False recomputes every token from the whole text. facts: keys that every JSON object ends with. Wrong
+    values raise ValueError.
     """
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -49,6 +50,7 @@ class TextOptions:
     logprobs: bool = False
     timings: bool = False
     use_cache: bool = True
+    facts: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.framing not in ("lines", "whole", "null"):
@@ -254,7 +256,7 @@ def json_line(continuation: Continuation, prompt: bytes, text: bytes, options: T
 
     prompt, text: where bytes are not UTF-8 they show U+FFFD, and prompt_base64 or text_base64 holds them whole.
     index: the prompt's. tokens: how many were drawn, a stop string's included. token_ids and logprobs (nats) with
-    options.logprobs.
+    options.logprobs. Last, options.facts.
     """
     record: dict[str, Any] = {"prompt": None, "text": None, "index": continuation.prompt}
     for name, data in (("prompt", prompt), ("text", text)):
@@ -269,6 +271,7 @@ def json_line(continuation: Continuation, prompt: bytes, text: bytes, options: T
         record["logprobs"] = continuation.logprobs
     if options.timings:
         record["elapsed_s"] = round(continuation.elapsed_s, 6)
+    record |= options.facts
     return json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n"
 
 

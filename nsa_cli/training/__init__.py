@@ -4,8 +4,17 @@
 """
 
 from nsa_cli.training.loop import train
-from nsa_cli.training.resume import run_settings
+from nsa_cli.training.resume import run_settings, run_tokenizer
 from nsa_cli.training.run import Reporter, RunPaths, SilentReporter, TrainResult
 from nsa_cli.training.schedule import learning_rate
 
-__all__ = ["Reporter", "RunPaths", "SilentReporter", "TrainResult", "learning_rate", "run_settings", "train"]
+__all__ = [
+    "Reporter",
+    "RunPaths",
+    "SilentReporter",
+    "TrainResult",
+    "learning_rate",
+    "run_settings",
+    "run_tokenizer",
+    "train",
+]

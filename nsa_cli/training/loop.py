@@ -10,8 +10,8 @@ only when every line up to its step is in the metrics file, and a resumed run ne
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,8 @@ def train(
     sampler_hook(model, step): called after each validation, in eval mode without gradients; its random numbers do not
     disturb the run's.
 
+    A BrokenPipeError of the reporter is raised again once state and weights of the step reached are saved.
+
     Raises NsaError. Exit 1: out of memory, files not writable. 2: paths exist without `overwrite`, sizes that do not
     fit. 3: a state that cannot be read or continued. 4: diverged. 5: kernel not available. ValueError: a dtype that
     cannot train, a vocabulary that is not the tokenizer's.
@@ -106,15 +108,18 @@ def train(
         if not moves and progress.step >= config.steps and progress.pending is None:
             reporter.notice(f"{paths.last} has done all of its {config.steps} steps: nothing to do")
             return run.result("finished", None)
+        info = header
         if saved is None:
+            # Killed after this the new run can be resumed; killed before it, an earlier one is still whole.
+            files.save_state(progress, elapsed_s=0.0)
             log.start(header)
-            reporter.start(header)
         else:
             record = {"event": "resume", "from_step": progress.step, **machine}
             log.resume(saved.paths.metrics, progress.step, header, record)
-            reporter.start({**header, **record})
+            info = {**header, **record}
         try:
-            with catch_signals() as interruption:
+            with catch_signals() as interruption, run.saved_when_nobody_reads():
+                reporter.start(info)
                 return run.to_the_end(interruption)
         finally:
             log.close()
@@ -144,6 +149,16 @@ class _Run:
         self.dtype = dtype
         self.line: dict[str, Any] = {}
         self.saved_step: int | None = None
+
+    @contextmanager
+    def saved_when_nobody_reads(self) -> Iterator[None]:
+        """Saves the step reached when the Reporter finds its reader gone (BrokenPipeError), which then goes on up."""
+        try:
+            yield
+        except BrokenPipeError:
+            if self.saved_step != self.progress.step:
+                self.save()
+            raise
 
     def to_the_end(self, interruption: Interruption) -> TrainResult:
         """Steps until the last one, or until a signal came; the state is saved either way."""

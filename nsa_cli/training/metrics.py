@@ -132,12 +132,12 @@ class MetricsLog:
         self.write(header)
 
     def resume(self, source: Path, step: int, header: dict[str, Any], record: dict[str, Any]) -> None:
-        """Goes on from the lines of `source` up to `step`, then `record`; where source is lost, from `header`.
+        """Goes on from the lines of `source` up to `step`, then `record`; where source is lost or step 0, from `header`.
 
         Lines beyond `step` (logged, then lost with the process) are dropped, as is a half-written last one: each step
-        stands in the file once.
+        stands in the file once. At step 0 the lines may be an earlier run's, which the killed one was to replace.
         """
-        if not source.exists():
+        if step == 0 or not source.exists():
             self.start(header)
             return self.write(record)
         with write_errors(self.path):

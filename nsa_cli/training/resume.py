@@ -14,16 +14,17 @@ not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from nsa_cli.checkpoint import load_state, read_info
+from nsa_cli.checkpoint import load_state, read_state_meta
 from nsa_cli.config import ModelConfig, TrainConfig
-from nsa_cli.data import Corpus
+from nsa_cli.data import Corpus, Tokenizer, tokenizer_from_dict
 from nsa_cli.errors import ExitCode, NsaError
 from nsa_cli.training.run import RunPaths
 from nsa_cli.training.schedule import learning_rate
@@ -34,11 +35,13 @@ RATE = ("steps", "schedule", "lr", "min_lr_ratio", "warmup", "decay_ratio")
 
 @dataclass(frozen=True)
 class SavedRun:
-    """A state file's content and the files of the run that it belongs to."""
+    """A state file's content, its meta checked by `_settings`, and the files of the run that it belongs to."""
 
     tensors: dict[str, Tensor]
     meta: dict[str, Any]
     paths: RunPaths
+    model: ModelConfig
+    config: TrainConfig
 
     @property
     def step(self) -> int:
@@ -52,6 +55,33 @@ class SavedRun:
 
 def read_run(checkpoint: Path) -> SavedRun:
     """The run of `checkpoint`, its last weights or its state file; NsaError with exit 3 if its state cannot be read."""
+    paths = _paths(checkpoint)
+    tensors, meta = load_state(paths.state)
+    model, config = _settings(paths.state, meta)
+    return SavedRun(tensors, meta, paths, model, config)
+
+
+def run_settings(checkpoint: Path) -> tuple[ModelConfig, TrainConfig]:
+    """The configurations of the run to resume: the defaults of a `--resume` whose command line leaves settings out.
+
+    From the header of its state. The weights beside it may still be those of a run that this one was to replace.
+    """
+    state = _paths(checkpoint).state
+    return _settings(state, read_state_meta(state))
+
+
+def run_tokenizer(checkpoint: Path) -> Tokenizer:
+    """The tokenizer of the run to resume, from the header of its state."""
+    state = _paths(checkpoint).state
+    meta = read_state_meta(state)
+    _settings(state, meta)
+    try:
+        return tokenizer_from_dict(meta["tokenizer"])
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise _unreadable(state, error) from error
+
+
+def _paths(checkpoint: Path) -> RunPaths:
     paths = RunPaths.of_run(checkpoint)
     if not paths.state.exists():
         raise NsaError(
@@ -59,23 +89,54 @@ def read_run(checkpoint: Path) -> SavedRun:
             "the state file holds the optimizer; keep it with the checkpoint, or train anew",
             ExitCode.BAD_INPUT,
         )
-    tensors, meta = load_state(paths.state)
-    missing = [key for key in ("step", "model", "train", "tokenizer", "fingerprint", "elapsed_s") if key not in meta]
+    return paths
+
+
+def _settings(state: Path, meta: Mapping[str, Any]) -> tuple[ModelConfig, TrainConfig]:
+    """Both configurations of a state, once all of its meta is known to have the right types; else NsaError, exit 3."""
+    missing = [key for key in (*_META, "model", "train") if key not in meta]
     if missing:
         hint = "resume with the version of nsa that wrote it"
-        raise NsaError(f"{paths.state}: a training state without {missing[0]!r}", hint, ExitCode.BAD_INPUT)
-    return SavedRun(dict(tensors), dict(meta), paths)
+        raise NsaError(f"{state}: a training state without {missing[0]!r}", hint, ExitCode.BAD_INPUT)
+    try:
+        for key, (right, rule) in _META.items():
+            if not right(meta[key]):
+                raise ValueError(f"{key} = {meta[key]!r}: must be {rule}")
+        return ModelConfig.from_dict(meta["model"]), TrainConfig(**meta["train"])
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        raise _unreadable(state, error) from error
 
 
-def run_settings(checkpoint: Path) -> tuple[ModelConfig, TrainConfig]:
-    """The configurations of the run to resume: the defaults of a `--resume` whose command line leaves settings out."""
-    paths = RunPaths.of_run(checkpoint)
-    if paths.last.exists():
-        info = read_info(paths.last)  # reads a header, where the state would be read whole
-        if "train" in info.metadata:
-            return info.config, TrainConfig(**info.metadata["train"])
-    meta = read_run(checkpoint).meta
-    return ModelConfig.from_dict(meta["model"]), TrainConfig(**meta["train"])
+def _unreadable(state: Path, error: Exception) -> NsaError:
+    reason = " ".join(str(error).split())
+    return NsaError(f"{state} is damaged: {reason}", "use another copy of it, or train anew", ExitCode.BAD_INPUT)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value >= 0
+
+
+def _is_line(value: Any) -> bool:
+    if not isinstance(value, dict) or not _is_count(value.get("step")):
+        return False
+    return all(number is None or type(number) in (int, float) for key, number in value.items() if key != "gates")
+
+
+_META: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "step": (_is_count, "an integer of at least 0"),
+    "elapsed_s": (_is_number, "a number of seconds"),
+    "val_loss": (lambda value: value is None or _is_number(value), "a number or null"),
+    "best_val_loss": (lambda value: value is None or _is_number(value), "a number or null"),
+    "best_step": (lambda value: value is None or _is_count(value), "an integer of at least 0 or null"),
+    "pending": (lambda value: value is None or _is_line(value), "a metrics line or null"),
+    "tokenizer": (lambda value: isinstance(value, dict), "a table"),
+    "fingerprint": (lambda value: isinstance(value, str), "a string"),
+}
+"""What a state's meta holds besides the two configurations: the test of each value, and its rule in words."""
 
 
 def flag(field: str) -> str:
@@ -86,13 +147,13 @@ def flag(field: str) -> str:
 def changed_settings(saved: SavedRun, model_config: ModelConfig, config: TrainConfig, corpus: Corpus) -> list[str]:
     """What keeps the saved run from going on, each as "--flag was A, is B"; empty if nothing does."""
     meta = saved.meta
-    changes = _differences(meta["model"], model_config.to_dict())
+    changes = _differences(saved.model.to_dict(), model_config.to_dict())
     if meta["tokenizer"] != corpus.tokenizer.to_dict():
         changes.append(f"the tokenizer was {meta['tokenizer'].get('name', 'another')}, is {corpus.tokenizer.name}")
     elif meta["fingerprint"] != corpus.fingerprint:
         changes.append(f"the data was {meta['fingerprint'][:12]}, is {corpus.fingerprint[:12]} (fingerprints)")
-    old, new = dict(meta["train"]), config.to_dict()
-    if _same_rates(TrainConfig(**old), config, saved.step):
+    old, new = saved.config.to_dict(), config.to_dict()
+    if _same_rates(saved.config, config, saved.step):
         old = {key: value for key, value in old.items() if key not in RATE}
     old = {key: value for key, value in old.items() if key not in FREE}
     return changes + _differences(old, {key: new[key] for key in old})

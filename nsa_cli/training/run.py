@@ -22,7 +22,11 @@ class RunPaths:
     @classmethod
     def beside(cls, out: Path) -> RunPaths:
         """Names made from `out` less its `.safetensors`: ckpt.safetensors gives ckpt.best.safetensors,
-        ckpt.state.safetensors and ckpt.metrics.jsonl. Any other suffix is part of the name."""
+        ckpt.state.safetensors and ckpt.metrics.jsonl. Any other suffix is part of the name. NsaError with exit 2 for
+        a folder."""
+        if out.is_dir():
+            hint = f"name a file in it: --out {out / 'ckpt.safetensors'}"
+            raise NsaError(f"--out {out} is a folder, not a file", hint, ExitCode.USAGE)
         stem = out.name.removesuffix(".safetensors") or out.name
         return cls(
             last=out,
@@ -33,7 +37,11 @@ class RunPaths:
 
     @classmethod
     def of_run(cls, checkpoint: Path) -> RunPaths:
-        """The files of the run that `checkpoint`, its last weights or its state file, belongs to (for `--resume`)."""
+        """The files of the run that `checkpoint`, its last weights or its state file, belongs to (for `--resume`).
+        NsaError with exit 3 for a folder."""
+        if checkpoint.is_dir():
+            hint = "name the .safetensors file in it"
+            raise NsaError(f"--resume {checkpoint} is a folder, not a checkpoint", hint, ExitCode.BAD_INPUT)
         name = checkpoint.name.removesuffix(".state.safetensors")
         return cls.beside(checkpoint if name == checkpoint.name else checkpoint.with_name(f"{name}.safetensors"))
 

@@ -1,7 +1,8 @@
 """The files of a run: what a state holds, the order of writing, and what a resumption finds missing.
 
 Order: state, last weights, best weights, each atomically. Killed between two of them, a run is whole in its state file,
-and `restore_files` writes what had not been written.
+and `restore_files` writes what had not been written. A new run begins with its state of step 0: from then on the files
+belong to it, whatever weights of an earlier run still lie beside it.
 """
 
 from __future__ import annotations
@@ -53,6 +54,15 @@ class RunFiles:
 
     def save(self, progress: Progress, *, elapsed_s: float) -> None:
         """State, last and, if this step is the best one, best weights. An earlier run's best weights are removed."""
+        self.save_state(progress, elapsed_s=elapsed_s)
+        self._save_weights(self.paths.last, progress)
+        if progress.best_step == progress.step:
+            self._save_weights(self.paths.best, progress)
+        elif progress.best_step is None:
+            self.paths.best.unlink(missing_ok=True)
+
+    def save_state(self, progress: Progress, *, elapsed_s: float) -> None:
+        """The state alone: all that resuming needs."""
         meta = {
             **vars(progress),
             "elapsed_s": elapsed_s,
@@ -64,11 +74,6 @@ class RunFiles:
         with write_errors(self.paths.last):
             self.paths.last.parent.mkdir(parents=True, exist_ok=True)
         save_state(self.paths.state, self._tensors(), meta)
-        self._save_weights(self.paths.last, progress)
-        if progress.best_step == progress.step:
-            self._save_weights(self.paths.best, progress)
-        elif progress.best_step is None:
-            self.paths.best.unlink(missing_ok=True)
 
     def restore(self, saved: SavedRun) -> Progress:
         """Weights, moments, counts and random states from a state file; NsaError with exit 3 if they do not fit."""
@@ -84,7 +89,7 @@ class RunFiles:
             if self.device.type == "cuda" and "cuda" in parts["rng"]:
                 torch.cuda.set_rng_state(parts["rng"]["cuda"], self.device)
             return Progress(**{name: saved.meta[name] for name in Progress.__dataclass_fields__})
-        except (KeyError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
             hint = "it is damaged or another version's: train anew"
             message = f"{saved.paths.state} does not fit the model: {reason}"
@@ -99,19 +104,36 @@ class RunFiles:
         restored, moves = [], saved.moves_to(self.paths)
         if moves:
             self.save(progress, elapsed_s=saved.meta["elapsed_s"])
-        elif _step_of(self.paths.last) != progress.step:
+        elif not self._holds(self.paths.last, progress.step, progress.val_loss, saved.meta["train"]):
             self._save_weights(self.paths.last, progress)
             restored.append(str(self.paths.last))
-        if progress.best_step is None or (not moves and _step_of(self.paths.best) == progress.best_step):
+        best = (progress.best_step, progress.best_val_loss)
+        if progress.best_step is None or (not moves and self._holds(self.paths.best, *best)):
             return restored
         if progress.best_step == progress.step:
             self._save_weights(self.paths.best, progress)
-        elif _step_of(saved.paths.best) == progress.best_step:
+        elif self._holds(saved.paths.best, *best):
             copy_file(saved.paths.best, self.paths.best)
         else:
             progress.best_step = progress.best_val_loss = None
             return restored
         return [*restored, str(self.paths.best)]
+
+    def _holds(self, path: Path, step: int | None, val_loss: float | None, train: Any = None) -> bool:
+        """Whether a checkpoint has this step of this run, and not of one that had these files before.
+
+        Equal validation losses, in all of their digits, tell apart runs of one model on the same data; where there may
+        be none, `train`, the settings it was written with, does.
+        """
+        try:
+            info = read_info(path) if path.exists() else None
+        except NsaError:
+            return False
+        if info is None or (info.step, info.config) != (step, self.model.config):
+            return False
+        said = info.metadata
+        same = said.get("fingerprint") == self.corpus.fingerprint and said.get("val_loss") == val_loss
+        return same and (train is None or said.get("train") == train)
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
@@ -135,11 +157,3 @@ class RunFiles:
                 "train": self.config.to_dict(),
             },
         )
-
-
-def _step_of(path: Path) -> int | None:
-    """The step of a checkpoint; None if there is none that can be read."""
-    try:
-        return read_info(path).step if path.exists() else None
-    except NsaError:
-        return None
