@@ -107,7 +107,8 @@ def load_checkpoint(
         if dtype is None:
             dtypes = {handle.get_slice(name).get_dtype() for name in handle.keys()}  # noqa: SIM118 (not a mapping)
             dtype = torch.bfloat16 if dtypes == {"BF16"} else torch.float32
-        model = build_model(info.config, device=device, dtype=dtype, kernel=kernel)
+        with torch.random.fork_rng(devices=[]):  # the weights drawn here are overwritten: the caller's numbers stay
+            model = build_model(info.config, device=device, dtype=dtype, kernel=kernel)
         model.load_state_dict({name: handle.get_tensor(name) for name in handle.keys()})  # noqa: SIM118
     return model.eval(), info
 

@@ -93,6 +93,12 @@ def test_a_loaded_model_has_the_logits_of_the_saved_one(tmp_path: Path, config: 
     torch.testing.assert_close(loaded(IDS), model(IDS), rtol=0, atol=0)
 
 
+def test_loading_leaves_the_random_numbers_as_they_were(path: Path) -> None:
+    before = torch.get_rng_state()
+    load_checkpoint(path)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_the_file_says_everything_in_json_strings(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     extra = {"fingerprint": "abc", "val_loss": 1.5, "train": {"steps": 3}}
