@@ -6,7 +6,7 @@ import torch
 
 from nsa_cli.config import ModelConfig
 from nsa_cli.model.transformer import Transformer
-from nsa_cli.ops.dispatch import resolve_kernel
+from nsa_cli.ops.dispatch import kernel_refusal, resolve_kernel
 
 
 def build_model(
@@ -20,10 +20,16 @@ def build_model(
 
     Weights are drawn on the CPU from torch's global generator, whatever the device: a seed gives one model everywhere.
     dtype: of the weights. kernel: auto, torch, flex or triton, for the sparse branches.
-    Raises ValueError for an unknown kernel, NsaError (exit 5) for one that cannot run on the device.
+    Raises ValueError for an unknown kernel, NsaError (exit 5) for one that cannot run on the device,
+    or cannot compute this geometry.
     """
     device = torch.device(device)
     name, _ = resolve_kernel(kernel, device) if config.nsa is not None else ("torch", None)
+    if config.nsa is not None:
+        refusal = kernel_refusal(name, config.nsa, dim=config.dim_head, group=config.group)
+        if refusal is not None and kernel != "auto":
+            raise refusal
+        name = "torch" if refusal is not None else name
     with torch.device("meta" if device.type == "meta" else "cpu"):
         model = Transformer(config, name)
     return model.to(device=device, dtype=dtype)

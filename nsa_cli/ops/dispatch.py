@@ -5,8 +5,10 @@ The algorithm is in the kernels' own modules; here is only what all of them shar
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from itertools import pairwise
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -21,21 +23,49 @@ def resolve_kernel(
 ) -> tuple[str, str | None]:
     """The kernel that will run on `device`, and a one-line notice if it is not the one asked for by name.
 
-    "auto" is `torch` (the Triton kernels are not in this version). "triton" goes on as `torch`, the same function, when
-    allow_fallback; otherwise, and for "flex" off a CUDA GPU, NsaError with exit code 5. Unknown names: ValueError.
+    "auto" is `triton` on a CUDA GPU and `torch` elsewhere. "triton" elsewhere goes on as `torch`, the same function, when
+    allow_fallback, unless TRITON_INTERPRET=1 has its kernels run in Triton's interpreter; otherwise, and for "flex" off a
+    CUDA GPU, NsaError with exit code 5. Unknown names: ValueError.
     """
     if kernel not in KERNELS:
         raise ValueError(f"kernel = {kernel!r}: must be one of {', '.join(KERNELS)}")
     on_gpu = torch.device(device).type == "cuda"
-    if kernel == "triton":
-        reason = "kernel 'triton' is not in this version of nsa" if on_gpu else "kernel 'triton' needs a CUDA GPU"
+    if kernel == "triton" and not on_gpu and not interpreting():
+        reason = "kernel 'triton' needs a CUDA GPU"
         if not allow_fallback:
             raise NsaError(reason, "use --kernel torch, which computes the same function", ExitCode.UNAVAILABLE)
         return "torch", f"{reason}; going on with 'torch', which computes the same function"
     if kernel == "flex" and not on_gpu:
         hint = "use --kernel torch, which runs everywhere"
         raise NsaError("kernel 'flex' needs a CUDA GPU: FlexAttention cannot train elsewhere", hint, ExitCode.UNAVAILABLE)
-    return ("torch" if kernel == "auto" else kernel), None
+    if kernel == "auto":
+        return ("triton" if on_gpu else "torch"), None
+    return kernel, None
+
+
+def interpreting() -> bool:
+    """Whether Triton's kernels run in its interpreter, on the CPU: TRITON_INTERPRET=1, set before triton is imported."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
+
+
+def kernel_refusal(
+    kernel: str, config: NSAConfig, *, dim: int, group: int, dtype: torch.dtype | None = None, scale: float = 1.0
+) -> NsaError | None:
+    """Why `kernel` (a resolved name) cannot compute this attention, and what can; None if it can.
+
+    dim: the larger head dim of keys and values. group: query heads that share a key/value head.
+    """
+    if kernel != "triton":
+        return None
+    from nsa_cli.ops import triton
+
+    reason = triton.refusal(config, dim=dim, group=group, dtype=dtype)
+    if reason is None and scale <= 0:
+        reason = f"it takes a scale above 0, not {scale}"
+    if reason is None:
+        return None
+    hint = "use --kernel torch, which computes the same function for every geometry"
+    return NsaError(f"kernel 'triton' cannot do this: {reason}", hint, ExitCode.UNAVAILABLE)
 
 
 def compressed_attention(
@@ -66,7 +96,10 @@ def compressed_attention(
     Raises ValueError for wrong shapes or dtypes, NsaError (exit 5) for a kernel that cannot run here.
     """
     _check_attention(("q", "k_cmp", "v_cmp"), q, k_cmp, v_cmp, positions)
-    _, scale = _resolve(q, scale, kernel)
+    name, scale = _resolve(q, k_cmp, v_cmp, config, scale, kernel, positions)
+    if name == "triton":
+        _check_packed(cu_seqlens, q, k_cmp, config)
+        return _triton().compressed_attention(q, k_cmp, v_cmp, config, scale=scale, cu_seqlens=cu_seqlens)
     if cu_seqlens is not None:
         # Every document on its own: correct for any mixture of lengths, at a loop's price.
         documents = list(_documents(cu_seqlens, q, config, k_cmp=k_cmp, positions=positions))
@@ -103,7 +136,10 @@ def selected_attention(
     if (tuple(block_indices.shape), block_indices.dtype, block_indices.device) != (expected, torch.int32, q.device):
         rule = f"torch.int32 [b, g, t, n] = {expected} on {q.device}"
         raise ValueError(f"block_indices is {_describe(block_indices)}: must be {rule}")
-    name, scale = _resolve(q, scale, kernel)
+    name, scale = _resolve(q, k, v, config, scale, kernel, positions)
+    if name == "triton":
+        _check_packed(cu_seqlens, q)
+        return _triton().selected_attention(q, k, v, block_indices, config, scale=scale, cu_seqlens=cu_seqlens)
     if cu_seqlens is not None:
         parts = [
             selected_attention(
@@ -134,7 +170,10 @@ def window_attention(
     scale, kernel, cu_seqlens, positions and errors as in `compressed_attention`; without positions s equals t.
     """
     _check_attention(("q", "k", "v"), q, k, v, positions)
-    name, scale = _resolve(q, scale, kernel)
+    name, scale = _resolve(q, k, v, config, scale, kernel, positions)
+    if name == "triton":
+        _check_packed(cu_seqlens, q)
+        return _triton().window_attention(q, k, v, config, scale=scale, cu_seqlens=cu_seqlens)
     if cu_seqlens is not None:
         parts = [
             window_attention(q[:, :, t], k[:, :, t], v[:, :, t], config, scale=scale, kernel=kernel)
@@ -200,7 +239,7 @@ def nsa_attention_and_selection(
     _check_attention(("q", "k", "v"), q, k, v, positions)
     _check_attention(("q", "k_win", "v_win"), q, k_win, v_win, positions)
     _check_attention(("q_cmp", "k_cmp", "v_cmp"), q_cmp, k_cmp, v_cmp, positions)
-    _, scale = _resolve(q, scale, kernel)
+    name, scale = _resolve(q, k, v, config, scale, kernel, positions)
     if q_cmp.shape[:3] != q.shape[:3] or q_cmp.dtype != q.dtype or q_cmp.device != q.device:
         raise ValueError(f"q_cmp is {_describe(q_cmp)}: must agree with q, {_describe(q)}, in all but the head dim")
     if gates.shape != (*q.shape[:3], 3) or not gates.is_floating_point() or gates.device != q.device:
@@ -208,6 +247,14 @@ def nsa_attention_and_selection(
     if not v.shape[-1] == v_win.shape[-1] == v_cmp.shape[-1]:
         dims = f"v {v.shape[-1]}, v_win {v_win.shape[-1]}, v_cmp {v_cmp.shape[-1]}"
         raise ValueError(f"the branches' values are added up and must share a head dim: {dims}")
+    if name == "triton":
+        same_keys = q_cmp.shape[3] == q.shape[3] == k_win.shape[3] and k_win.shape[1] == k_cmp.shape[1] == k.shape[1]
+        if same_keys:
+            _check_packed(cu_seqlens, q, k_cmp, config)
+            return _triton().nsa_attention(
+                q, k, v, k_cmp, v_cmp, gates, config, scale=scale, cu_seqlens=cu_seqlens,
+                q_cmp=None if q_cmp is q else q_cmp, k_win=None if k_win is k else k_win, v_win=None if v_win is v else v_win,
+            )  # fmt: skip
     o_cmp, block_indices = compressed_attention(
         q_cmp, k_cmp, v_cmp, config, scale=scale, kernel=kernel, cu_seqlens=cu_seqlens, positions=positions
     )
@@ -221,9 +268,46 @@ def nsa_attention_and_selection(
     return (g_cmp * o_cmp + g_slc * o_slc + g_win * o_win).to(q.dtype), block_indices
 
 
-def _resolve(q: Tensor, scale: float | None, kernel: str) -> tuple[str, float]:
+def _triton() -> ModuleType:
+    """The Triton kernels, imported where they run: triton's import costs, and may be impossible elsewhere."""
+    from nsa_cli.ops import triton
+
+    return triton
+
+
+def _resolve(
+    q: Tensor, k: Tensor, v: Tensor, config: NSAConfig, scale: float | None, kernel: str, positions: Tensor | None
+) -> tuple[str, float]:
+    """The kernel's name and the scale. Queries at explicit positions (a cache) go to `torch`, whatever the kernel."""
     name, _ = resolve_kernel(kernel, q.device)
-    return name, q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if name != "triton":
+        return name, scale
+    if positions is not None:
+        return "torch", scale
+    sizes = {"dim": max(q.shape[3], v.shape[3]), "group": q.shape[1] // k.shape[1]}
+    refusal = kernel_refusal(name, config, dtype=q.dtype, scale=scale, **sizes)
+    if refusal is not None and kernel != "auto":
+        raise refusal
+    return ("torch" if refusal is not None else name), scale
+
+
+def _check_packed(
+    cu_seqlens: Tensor | None, q: Tensor, k_cmp: Tensor | None = None, config: NSAConfig | None = None
+) -> None:
+    """What can be said of packed documents, or of one, without waiting for the device to tell their lengths."""
+    if cu_seqlens is None:
+        if k_cmp is not None and config is not None:
+            _check_blocks(k_cmp, config.num_compressed(q.shape[2]), q.shape[2])
+        return
+    if q.shape[0] != 1:
+        raise ValueError(f"q has batch {q.shape[0]}: must be 1 with cu_seqlens")
+    if cu_seqlens.device.type == "cpu":
+        ends = document_ends(cu_seqlens, q.shape[2])
+        if k_cmp is not None and config is not None:
+            _check_blocks(k_cmp, sum(config.num_compressed(stop - start) for start, stop in pairwise(ends)), q.shape[2])
+    elif cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype != torch.int32:
+        raise ValueError(f"cu_seqlens is {_describe(cu_seqlens)}: must be torch.int32 [documents + 1]")
 
 
 def _describe(x: Tensor) -> str:

@@ -1,0 +1,25 @@
+"""Native Sparse Attention in Triton, forward and backward: the only place that imports triton.
+
+    attend        attention over one contiguous range of keys: compressed, window, forced blocks
+    selection     importance and the exact choice of blocks
+    index         the inverted index of a selection
+    selected      selected attention, key blocks outside
+    gates         what the backward needs of every row
+    windows       compression's memory movement
+    problem       sizes, packed documents' tables, descriptors of one call
+    launch        grids and launches, a branch at a time
+    operators     PyTorch's custom ops over them, with gradients
+    tuning        launch configurations
+
+EXPERIMENTS.md is the log of what was tried, predicted and measured.
+"""
+
+from nsa_cli.ops.triton.operators import (
+    compressed_attention,
+    nsa_attention,
+    refusal,
+    selected_attention,
+    window_attention,
+)
+
+__all__ = ["compressed_attention", "nsa_attention", "refusal", "selected_attention", "window_attention"]

@@ -1,0 +1,307 @@
+"""Launches: each branch's forward and backward on tensors, from descriptors, tiles and grids to results.
+
+Nothing here knows autograd; `operators.py` registers what stands here. Every tensor is [b, heads, tokens, dim] with any strides
+(`problem.aligned` copies what the copy engine cannot read). Log-sum-exps, deltas and gates are float32 [b, n, h], in log2 units.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from nsa_cli.ops.triton import attend, gates, selected, selection, tuning
+from nsa_cli.ops.triton.index import Index, build_index
+from nsa_cli.ops.triton.problem import Problem, group_rows, head_rows
+
+SCORE_ELEMENTS = 2**26
+"""Float32 block scores alive at a time (256 MiB): importance and selection run in chunks of queries."""
+PART_BYTES = 3 * 2**29
+"""Bytes of partial outputs, or query gradients, alive at a time in the selected branch (1.5 GiB)."""
+UNIT_TOKENS = 4096
+"""Query tokens a unit of the inverted index: what its items gather stays in a 50 MB cache."""
+MOST_ROWS = 128
+"""Of a tile, for a group of at most as many heads."""
+ITEM_FORWARD, ITEM_BACKWARD = 256, 1024
+"""Queries an item of the inverted index, at most."""
+KEY_STAGES = {"num_stages": 2}
+"""Of the finishing kernels' loops over forced keys; their tile's stages are those of the loop over partials."""
+DKV_PROGRAMS = 2048
+"""The queries of a compressed key tile's gradient are split until there are about as many programs: it evens out the triangle."""
+
+
+def _tile(kernel: str, p: Problem) -> tuning.Tile:
+    return tuning.tile(kernel, width=max(p.dk, p.dv), group=p.r, dtype=p.dtype, device=p.device)
+
+
+def _rows(tile: tuning.Tile, p: Problem) -> int:
+    """Rows of a tile that holds whole groups."""
+    return max(tile.rows, p.rp)
+
+
+def _stays(x: Tensor, rp: int, rows: int, width: int) -> Tensor | TensorDescriptor:
+    """Query rows as attend.load_queries takes them."""
+    return head_rows(x, rows, width) if rp == 1 else x
+
+
+def _branch(branch: str) -> int:
+    return {"cmp": attend.CMP, "win": attend.WIN, "local": attend.LOCAL, "init": attend.INIT}[branch].value
+
+
+NAMES = {"cmp": "compressed", "win": "window"}
+
+
+def attend_forward(branch: str, q: Tensor, k: Tensor, v: Tensor, out: Tensor, p: Problem) -> Tensor:
+    """Writes a branch's output ("cmp" or "win") to `out`; returns its log-sum-exp [b, n, h]."""
+    lse = torch.empty(p.b, p.n, p.h, dtype=torch.float32, device=p.device)
+    tile = _tile(NAMES[branch], p)
+    # A compressed tile is one head's, so that its queries stay in shared memory; a window's is a group's, which needs fewer keys.
+    single = branch == "cmp"
+    m = tile.rows if single else _rows(tile, p)
+    units, share, r, rp = (p.h, p.r, 1, 1) if single else (p.g, 1, p.r, p.rp)
+    grid = (triton.cdiv(p.n, m // rp) * p.b * units,)
+    attend.attend_forward[grid](
+        _stays(q, rp, m, p.dk), head_rows(k, tile.keys, p.dk), head_rows(v, tile.keys, p.dv), _stays(out, rp, m, p.dv), lse,
+        p.table("start"), p.table("base"), p.n,
+        p.b * units, p.scale_log2, *_at(q), *_at(out), UNITS=units, SHARE=share, R=r, RP=rp, D=p.d, E=p.e, DK=p.dk, DV=p.dv,
+        BRANCH=_branch(branch), **p.bounds(),
+        M=m, BN=tile.keys, PRECISION=p.precision, **tile.options(),
+    )  # fmt: skip
+    return lse
+
+
+def select(q: Tensor, k_cmp: Tensor, lse: Tensor, p: Problem) -> Tensor:
+    """block_indices int32 [b, g, n, num_selected] from the compressed branch's log-sum-exp."""
+    config, blocks = p.config, p.select_blocks
+    indices = torch.empty(p.b, p.g, p.n, config.num_selected, dtype=torch.int32, device=p.device)
+    tile = _tile("importance", p)
+    ratio = config.select_block // config.compress_stride
+    step = triton.next_power_of_2(ratio)
+    bn = max(tile.keys, 2 * step)
+    rows = min(p.n, max(tile.rows, SCORE_ELEMENTS // (p.b * p.g * blocks) // tile.rows * tile.rows))
+    scores = torch.empty(p.b * p.g * rows * blocks, dtype=torch.float32, device=p.device)
+    d_q = head_rows(q, tile.rows, p.dk)
+    tables = [p.table(name) for name in ("start", "base", "sel_base", "sel_first", "sel_last")]
+    for t0 in range(0, p.n, rows):
+        t1 = min(t0 + rows, p.n)
+        reach = blocks if p.packed else config.num_select_blocks(t1)
+        grid = (p.b * p.g * triton.cdiv(t1 - t0, tile.rows) * triton.cdiv(reach, bn // step - 1),)
+        selection.block_importance[grid](
+            d_q, k_cmp, lse, scores, *tables, t0, t1, p.n, k_cmp.shape[2], blocks, p.b * p.g, p.scale_log2,
+            k_cmp.stride(0), k_cmp.stride(1), k_cmp.stride(2), G=p.g, R=p.r, D=p.d, DK=p.dk,
+            LENGTH=config.compress_block, STRIDE=config.compress_stride, BLOCK=config.select_block, STEP=step,
+            PACKED=p.packed, BM=tile.rows, BN=bn, PRECISION=p.precision, **tile.options(),
+        )  # fmt: skip
+        width = max(16, triton.next_power_of_2(reach))
+        selection.select_top[(p.b * p.g * (t1 - t0),)](
+            scores, indices, p.table("start"), p.table("sel_base"), t0, t1, p.n, blocks, BLOCK=config.select_block,
+            NUM=config.num_selected, NUM_INIT=config.num_init, NUM_LOCAL=config.num_local, PACKED=p.packed,
+            PLACES=triton.next_power_of_2(config.num_selected), WIDTH=width, num_warps=max(1, min(8, width // 2048)),
+        )  # fmt: skip
+    return indices
+
+
+class Selection:
+    """block_indices with their inverted index, and the chunks of units in which partials are made.
+
+    forced: the indices hold the configuration's forced blocks in their first and last places, as `select` puts them there.
+    """
+
+    def __init__(self, indices: Tensor, p: Problem, *, forced: bool, item: int, part_width: int) -> None:
+        config = p.config
+        self.p, self.indices = p, indices
+        self.num_init = config.num_init if forced else 0
+        self.num_local = config.num_local if forced else 0
+        self.free = config.num_selected - self.num_init - self.num_local
+        self.bs = max(16, triton.next_power_of_2(config.select_block))
+        self.places = triton.next_power_of_2(max(self.free, 1))
+        self.causal = self.num_local == 0
+        self.chunk = min(UNIT_TOKENS, triton.cdiv(p.n, MOST_ROWS) * MOST_ROWS)  # whole tiles
+        self.a_head = triton.cdiv(p.n, self.chunk)
+        self.units = p.b * p.g * self.a_head
+        self.index: Index | None = None
+        if self.free > 0:
+            self.index = build_index(
+                indices, select_block=config.select_block, num_init=self.num_init, num_local=self.num_local,
+                blocks=p.select_blocks, chunk=self.chunk, item=item, start=p.table("start"), sel_base=p.table("sel_base"),
+            )  # fmt: skip
+        a_row = max(self.free, 1) * p.r * part_width * p.dtype.itemsize
+        self.units_a_part = max(1, min(self.units, PART_BYTES // (a_row * min(self.chunk, p.n))))
+
+    def part_entries(self) -> int:
+        """Entries of the largest chunk of units."""
+        return self.units_a_part * min(self.chunk, self.p.n) * self.free
+
+    def chunks(self) -> list[tuple[int, int, int]]:
+        """(first unit, last unit + 1, first row (b g t)) of every chunk."""
+        starts = range(0, self.units, self.units_a_part)
+        rows = [unit // self.a_head * self.p.n + unit % self.a_head * self.chunk for unit in starts]
+        ends = [min(start + self.units_a_part, self.units) for start in starts]
+        return list(zip(starts, ends, rows, strict=True))
+
+    def constants(self) -> dict[str, int | bool]:
+        """What the finishing kernels are told of places and forced blocks."""
+        return {
+            "BLOCK": self.p.config.select_block, "NUM": self.p.config.num_selected, "FREE": self.free,
+            "NUM_INIT": self.num_init, "NUM_LOCAL": self.num_local, "PACKED": self.p.packed,
+        }  # fmt: skip
+
+
+def _at(x: Tensor) -> tuple[int, int, int]:
+    return x.stride(0), x.stride(1), x.stride(2)
+
+
+def selected_forward(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, out: Tensor, p: Problem, *, forced: bool,
+    combine: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """Writes o_slc to `out`; returns its log-sum-exp. combine: (o_cmp, o_win, gates, total): also the gated sum to total."""
+    s = Selection(indices, p, forced=forced, item=ITEM_FORWARD, part_width=p.e)
+    lse = torch.empty(p.b, p.n, p.h, dtype=torch.float32, device=p.device)
+    parts, finish = _tile("selected_parts", p), _tile("selected_finish", p)
+    m_parts, m = _rows(parts, p), _rows(finish, p)
+    part_o = part_lse = None
+    if s.index is not None:
+        entries = s.part_entries()
+        part_o = torch.empty(entries, p.r, p.e, dtype=p.dtype, device=p.device)
+        part_lse = torch.empty(entries, p.r, dtype=torch.float32, device=p.device)
+
+    d_k, d_v = head_rows(k, finish.keys, p.dk), head_rows(v, finish.keys, p.dv)
+    o_cmp, o_win, gate, total = combine if combine is not None else (out, out, None, out)
+    assert _at(out) == _at(total) == _at(o_cmp) == _at(o_win)
+    gate_strides = gate.stride() if gate is not None else (0, 0, 0, 0)
+    for unit0, unit1, row0 in s.chunks():
+        if s.index is not None:
+            i = s.index
+            selected.selected_parts[(i.most_items(unit1 - unit0, entries),)](
+                q, k, v, part_o, part_lse, i.entries, i.ends, i.items, i.item_list, i.item_start,
+                p.table("sel_start"), p.table("sel_end"), unit0 * i.blocks, unit1 * i.blocks, row0, p.n, s.a_head, i.blocks,
+                p.scale_log2, *_at(q), *_at(k), *_at(v), G=p.g, R=p.r, RP=p.rp, D=p.d, E=p.e, DK=p.dk, DV=p.dv,
+                BLOCK=p.config.select_block, BS=s.bs, FREE=s.free, ITEM=i.item, CAUSAL=s.causal, PACKED=p.packed,
+                M=m_parts, PRECISION=p.precision, **parts.options(),
+            )  # fmt: skip
+        grid = ((unit1 - unit0) * triton.cdiv(s.chunk, m // p.rp),)
+        selected.selected_finish[grid](
+            q, d_k, d_v, out, total, o_cmp, o_win, gate, indices, part_o, part_lse, lse, p.table("start"), unit0, row0, p.n,
+            s.a_head, s.chunk, p.scale_log2, *_at(q), *_at(out), *gate_strides, G=p.g, R=p.r, RP=p.rp, D=p.d, E=p.e, DK=p.dk,
+            DV=p.dv, PLACES=s.places, **s.constants(), M=m, BN=finish.keys,
+            STAGES=finish.stages, PRECISION=p.precision, COMBINE=combine is not None, **(finish.options() | KEY_STAGES),
+        )  # fmt: skip
+    return lse
+
+
+def row_deltas(do: Tensor, branches: Tensor, gate: Tensor | None, p: Problem) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """delta [r, b, n, h], the gates [r, b, n, h] and their gradient [b, h, n, r]; branches [r, b, h, n, e]."""
+    count = branches.shape[0]
+    delta = torch.empty(count, p.b, p.n, p.h, dtype=torch.float32, device=p.device)
+    gate32 = dgates = None
+    if gate is not None:
+        gate32 = torch.empty_like(delta)
+        dgates = torch.empty(p.b, p.n, p.h, count, dtype=gate.dtype, device=p.device)
+    size, rows = 32, p.b * p.n * p.h
+    gates.row_deltas[(triton.cdiv(rows, size),)](
+        do, branches, gate, delta, gate32, dgates, rows, p.n, *_at(do), *(gate.stride() if gate is not None else (0,) * 4),
+        branches.stride(0), branches.stride(2), H=p.h, E=p.e, DV=p.dv, BRANCHES=count, GATED=gate is not None, SIZE=size,
+    )  # fmt: skip
+    return delta, gate32, None if dgates is None else dgates.transpose(1, 2)
+
+
+def attend_dq(
+    branch: str, q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, gate: Tensor | None, dq: Tensor,
+    p: Problem, *, add: bool,
+) -> None:  # fmt: skip
+    """Writes, or adds, a branch's ("cmp" or "win") query gradient to dq."""
+    tile = _tile(NAMES[branch] + "_dq", p)
+    single = branch == "cmp"
+    m = tile.rows if single else _rows(tile, p)
+    units, share, r, rp = (p.h, p.r, 1, 1) if single else (p.g, 1, p.r, p.rp)
+    grid = (triton.cdiv(p.n, m // rp) * p.b * units,)
+    attend.attend_dq[grid](
+        _stays(q, rp, m, p.dk), _stays(do, rp, m, p.dv), head_rows(k, tile.keys, p.dk), head_rows(v, tile.keys, p.dv),
+        _stays(dq, rp, m, p.dk), lse, delta, gate, p.table("start"), p.table("base"), p.n, p.b * units, p.scale_log2, p.scale,
+        *_at(q), *_at(do), *_at(dq), UNITS=units, SHARE=share,
+        R=r, RP=rp, D=p.d, E=p.e, DK=p.dk, DV=p.dv, BRANCH=_branch(branch), **p.bounds(), M=m, BN=tile.keys,
+        PRECISION=p.precision, ADD=add, GATED=gate is not None,
+        **tile.options(),
+    )  # fmt: skip
+
+
+def attend_dkv(
+    branch: str, q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, gate: Tensor | None, p: Problem,
+    keys: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dk and dv of a branch, or of the "local" or "init" forced blocks, over the first `keys` keys: float32 [b, s, g, d]."""
+    tile = _tile({"local": "forced_dkv", "init": "forced_dkv"}.get(branch) or NAMES[branch] + "_dkv", p)
+    keys = k.shape[2] if keys is None else keys
+    m = _rows(tile, p)
+    step = m // p.rp
+    tiles = triton.cdiv(keys, tile.keys) * p.b * p.g
+    splits = 1
+    if branch in ("cmp", "init"):  # long ranges of queries: split, and added up in order
+        splits = max(1, min(DKV_PROGRAMS // tiles, triton.cdiv(p.n, 8 * step), 64))
+    chunk = triton.cdiv(triton.cdiv(p.n, splits), step) * step
+    dk = torch.empty(splits, p.b, keys, p.g, p.d, dtype=torch.float32, device=p.device)
+    dv = torch.empty(splits, p.b, keys, p.g, p.e, dtype=torch.float32, device=p.device)
+    attend.attend_dkv[(tiles * splits,)](
+        group_rows(q, p.g, p.rp, m, p.dk), group_rows(do, p.g, p.rp, m, p.dv), head_rows(k, tile.keys, p.dk),
+        head_rows(v, tile.keys, p.dv), dk, dv, lse, delta, gate, p.table("start"), p.table("end"), p.table("first"),
+        p.table("last"), p.n, keys, p.b * p.g, chunk, p.scale_log2, p.scale, UNITS=p.g, R=p.r, RP=p.rp, D=p.d, E=p.e,
+        DK=p.dk, DV=p.dv, BRANCH=_branch(branch), **p.bounds(), M=m, BN=tile.keys, PRECISION=p.precision,
+        GATED=gate is not None, **tile.options(),
+    )  # fmt: skip
+    return (dk[0], dv[0]) if splits == 1 else (dk.sum(0), dv.sum(0))
+
+
+def selected_backward(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, indices: Tensor, lse: Tensor, delta: Tensor, gate: Tensor | None, dq: Tensor,
+    p: Problem, *, forced: bool, add: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Writes, or adds, the selected branch's query gradient to dq; returns dk and dv, float32 [b, s, g, d]."""
+    config = p.config
+    if forced and config.num_local > 0:
+        dk, dv = attend_dkv("local", q, k, v, do, lse, delta, gate, p)
+    else:
+        dk = torch.zeros(p.b, p.n, p.g, p.d, dtype=torch.float32, device=p.device)
+        dv = torch.zeros(p.b, p.n, p.g, p.e, dtype=torch.float32, device=p.device)
+    if forced and config.num_init > 0:
+        keys = p.n if p.packed else min(config.num_init * config.select_block, p.n)
+        dk_init, dv_init = attend_dkv("init", q, k, v, do, lse, delta, gate, p, keys)
+        dk[:, :keys] += dk_init
+        dv[:, :keys] += dv_init
+    s = Selection(indices, p, forced=forced, item=ITEM_BACKWARD, part_width=p.d)
+    parts, finish = _tile("selected_gradient_parts", p), _tile("selected_gradient_finish", p)
+    m_parts, m = _rows(parts, p), _rows(finish, p)
+    part_dq = None
+    if s.index is not None:
+        i, block = s.index, config.select_block
+        entries = s.part_entries()
+        most = i.most_items(s.units_a_part, entries)
+        part_dq = torch.empty(entries, p.r, p.d, dtype=p.dtype, device=p.device)
+        part_dk = torch.empty(most, block, p.d, dtype=torch.float32, device=p.device)
+        part_dv = torch.empty(most, block, p.e, dtype=torch.float32, device=p.device)
+    d_k, d_v = head_rows(k, finish.keys, p.dk), head_rows(v, finish.keys, p.dv)
+    for unit0, unit1, row0 in s.chunks():
+        if s.index is not None:
+            selected.selected_gradient_parts[(i.most_items(unit1 - unit0, entries),)](
+                q, do, k, v, part_dq, part_dk, part_dv, lse, delta, gate, i.entries, i.ends, i.items, i.item_list,
+                i.item_start, p.table("sel_start"), p.table("sel_end"), unit0 * i.blocks, unit1 * i.blocks, row0, p.n,
+                s.a_head, i.blocks, p.scale_log2, p.scale, *_at(q), *_at(do), *_at(k), *_at(v), G=p.g, R=p.r, RP=p.rp,
+                D=p.d, E=p.e, DK=p.dk, DV=p.dv, BLOCK=block, BS=s.bs, FREE=s.free, ITEM=i.item, CAUSAL=s.causal,
+                PACKED=p.packed, M=m_parts, STAGES=parts.stages, PRECISION=p.precision, GATED=gate is not None,
+                **parts.options(),
+            )  # fmt: skip
+            heads = (unit1 - 1) // s.a_head - unit0 // s.a_head + 1
+            selected.selected_gradient_sum[(heads * i.blocks,)](
+                part_dk, part_dv, dk, dv, i.items, p.table("sel_start"), p.table("sel_end"), unit0, unit1, p.n, s.a_head,
+                i.blocks, G=p.g, D=p.d, E=p.e, DK=p.dk, DV=p.dv, BLOCK=block, BS=s.bs, PACKED=p.packed, num_warps=8,
+            )  # fmt: skip
+        selected.selected_gradient_finish[((unit1 - unit0) * triton.cdiv(s.chunk, m // p.rp),)](
+            q, do, d_k, d_v, dq, part_dq, lse, delta, gate, indices, p.table("start"), unit0, row0, p.n, s.a_head, s.chunk,
+            p.scale_log2, p.scale, *_at(q), *_at(do), *_at(dq), G=p.g, R=p.r, RP=p.rp, D=p.d, E=p.e, DK=p.dk, DV=p.dv,
+            **s.constants(), M=m,
+            BN=finish.keys, STAGES=finish.stages, PRECISION=p.precision, ADD=add, GATED=gate is not None,
+            **(finish.options() | KEY_STAGES),
+        )  # fmt: skip
+    return dk, dv
+

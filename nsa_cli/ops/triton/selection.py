@@ -1,0 +1,135 @@
+"""Importance of selection blocks and the exact choice among them (eq. 9 to 12), one chunk of queries at a time.
+
+Importance is a second pass over the compressed keys with the known log-sum-exp: nothing of size N x N / d is stored, and
+float32 block scores only for a chunk of queries. Blocks are numbered over all documents (`sel_first`: a block's first
+compressed key), and inside their document in the result.
+"""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from nsa_cli.ops.triton.attend import CMP, key_bounds
+
+
+@triton.jit
+def block_importance(
+    d_q, p_k, p_lse, p_scores, p_start, p_base, p_sel_base, p_sel_first, p_sel_last, T0, T1, N, KEYS, BLOCKS, GRID, scale,
+    stride_kb, stride_kg, stride_ks, G: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DK: tl.constexpr,
+    LENGTH: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, PACKED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """imp[t, j] = sum over the group's heads and over c of p[t, h, c] overlap(c, j), for BM queries and BN / STEP blocks.
+
+    Selection block j has the compressed keys j l' / d + i, i = 0 .. l' / d - 1 (STEP places, a power of two), of which the
+    last l / d - 1 reach into block j + 1 too. The key tile stays while the heads' queries stream past; tiles overlap by one
+    block, the left neighbour, so that nothing crosses programs.
+    """
+    RATIO: tl.constexpr = BLOCK // STRIDE
+    REACH: tl.constexpr = LENGTH // STRIDE - 1
+    TILE: tl.constexpr = BN // STEP
+    i = tl.program_id(0)
+    i_bg = i % GRID
+    i_b, i_g = i_bg // G, i_bg % G
+    tiles = tl.cdiv(T1 - T0, BM)
+    t0 = T0 + (tiles - 1 - i // GRID % tiles) * BM
+    j0 = i // GRID // tiles * (TILE - 1) - 1  # the left neighbour of the first block that is written
+    t1 = tl.minimum(t0 + BM, T1) - 1
+    from_block, to_block = 0, t1 // BLOCK + 1
+    if PACKED:
+        from_block = tl.load(p_sel_base + t0)
+        to_block = tl.load(p_sel_base + t1) + (t1 - tl.load(p_start + t1)) // BLOCK + 1
+    if (j0 + 1 < to_block) & (j0 + TILE > from_block):
+        o_n = tl.arange(0, BN)
+        o_j, o_i = j0 + o_n // STEP, o_n % STEP
+        m_c = (o_j >= 0) & (o_j < BLOCKS) & (o_i < RATIO)
+        o_c = o_j * RATIO + o_i
+        if PACKED:
+            o_c = tl.load(p_sel_first + o_j, mask=m_c, other=0) + o_i
+            m_c = m_c & (o_c < tl.load(p_sel_last + o_j, mask=m_c, other=0))
+        m_c = m_c & (o_c < KEYS)
+        o_d = tl.arange(0, DK)
+        o_k = i_b.to(tl.int64) * stride_kb + i_g.to(tl.int64) * stride_kg + o_c.to(tl.int64) * stride_ks
+        b_k = tl.load(p_k + o_k[:, None] + o_d[None, :], mask=m_c[:, None] & (o_d < D)[None, :], other=0.0)
+        b_k = tl.trans(b_k)
+        o_t = t0 + tl.arange(0, BM)
+        m_t = o_t < N
+        o_lse = (i_b.to(tl.int64) * N + o_t) * (G * R) + i_g * R
+        b_p = tl.zeros([BM, BN], tl.float32)
+        b_next = tl.load(p_lse + o_lse, mask=m_t, other=float("inf"))
+        for r in range(R):
+            b_lse = b_next
+            b_next = tl.load(p_lse + o_lse + r + 1, mask=m_t & (r + 1 < R), other=float("inf"))
+            b_q = d_q.load([i_b, i_g * R + r, t0, 0]).reshape(BM, DK)
+            b_p += tl.exp2(tl.dot(b_q, b_k, input_precision=PRECISION) * scale - b_lse[:, None])
+        low, high = key_bounds(tl.minimum(o_t, N - 1), p_start, p_base, CMP, LENGTH, STRIDE, BLOCK, 0, 0, 0, PACKED)
+        m_p = m_c[None, :] & (o_c[None, :] >= low[:, None]) & (o_c[None, :] < high[:, None])
+        b_p = tl.reshape(tl.where(m_p, b_p, 0.0), (BM, TILE, STEP))
+        o_i = tl.arange(0, STEP)[None, None, :]
+        b_score = tl.sum(b_p * tl.minimum(RATIO - o_i, REACH + 1).to(tl.float32), 2)
+        o_j = j0 + tl.arange(0, TILE)
+        if REACH > 0:
+            b_right = tl.sum(b_p * tl.maximum(o_i - (RATIO - REACH - 1), 0).to(tl.float32), 2)
+            o_left = tl.maximum(tl.arange(0, TILE) - 1, 0)
+            b_score += tl.gather(b_right, tl.broadcast_to(o_left[None, :], (BM, TILE)), 1)
+        o_score = (i_bg.to(tl.int64) * (T1 - T0) + o_t - T0)[:, None] * BLOCKS + o_j[None, :]
+        m_score = (o_t < T1)[:, None] & ((o_j > j0) & (o_j < BLOCKS))[None, :]
+        tl.store(p_scores + o_score, b_score, mask=m_score)
+
+
+@triton.jit
+def select_top(
+    p_scores, p_indices, p_start, p_sel_base, T0, T1, N, BLOCKS, BLOCK: tl.constexpr, NUM: tl.constexpr,
+    NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr, PACKED: tl.constexpr, PLACES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The forced blocks and the most important others of one query, ascending, -1 behind; ties go to the lower block.
+
+    Scores are finite and not negative, so that they order like their bits: bisection on the bits between the least and the
+    greatest finds a threshold with exactly the free places at or above it, or, among equals, a prefix sum breaks the tie.
+    """
+    i = tl.program_id(0)
+    rows = T1 - T0
+    i_bg, i_t = i // rows, i % rows
+    t = T0 + i_t
+    start, base = 0, 0
+    if PACKED:
+        start = tl.load(p_start + t)
+        base = tl.load(p_sel_base + t)
+    current = (t - start) // BLOCK
+    o_j = tl.arange(0, WIDTH)
+    forced = (o_j <= current) & ((o_j < NUM_INIT) | (o_j > current - NUM_LOCAL))
+    candidate = (o_j <= current) & (forced == 0)
+    o_row = i_bg.to(tl.int64) * rows + i_t
+    b_score = tl.load(p_scores + o_row * BLOCKS + base + o_j, mask=candidate, other=0.0)
+    bits = tl.where(candidate, tl.maximum(b_score.to(tl.int32, bitcast=True), 0), -1)
+    count_forced = tl.sum(forced.to(tl.int32), 0)
+    candidates = current + 1 - count_forced
+    places = NUM - count_forced
+    low = 0
+    count = candidates  # of bits >= low
+    if candidates > places:
+        high = tl.max(bits, 0) + 1
+        low = tl.min(tl.where(candidate, bits, 0x7FFFFFFF), 0)
+        while (count != places) & (high - low > 1):
+            middle = low + (high - low) // 2
+            above = tl.sum((bits >= middle).to(tl.int32), 0)
+            enough = above >= places
+            low = tl.where(enough, middle, low)
+            count = tl.where(enough, above, count)
+            high = tl.where(enough, high, middle)
+    chosen = bits >= low
+    if count > places:
+        equal = bits == low
+        above = count - tl.sum(equal.to(tl.int32), 0)
+        chosen = (bits > low) | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= places - above))
+    if places <= 0:
+        chosen = bits > 0x7FFFFFFE
+    chosen = (chosen & candidate) | forced
+    p_out = p_indices + (i_bg.to(tl.int64) * N + t) * NUM
+    tl.store(p_out + tl.cumsum(chosen.to(tl.int32), 0) - 1, o_j, mask=chosen)
+    o_n = tl.arange(0, PLACES)
+    taken = count_forced + tl.minimum(places, candidates)
+    tl.store(p_out + o_n, tl.full([PLACES], -1, tl.int32), mask=(o_n >= taken) & (o_n < NUM))

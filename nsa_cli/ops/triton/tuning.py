@@ -1,0 +1,116 @@
+"""Launch configurations: tile sizes, warps, stages and registers of every kernel, from a table. Nothing is tuned at run time.
+
+A kernel's entry is looked up by device name, then by the bytes of a row on chip (head dim rounded up, times the element's
+size), then by the group's size; what the table does not hold comes from `default`, which is safe on any device. TABLE holds what
+was measured on an H200 (EXPERIMENTS.md beside this file); the file that NSA_KERNEL_TABLE names is laid over it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from nsa_cli.errors import ExitCode, NsaError
+
+TABLE_VARIABLE = "NSA_KERNEL_TABLE"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """rows: query rows of a tile (tokens times heads). keys: keys of a tile. registers: a cap a thread, 0 for none."""
+
+    rows: int = 64
+    keys: int = 64
+    warps: int = 4
+    stages: int = 2
+    registers: int = 0
+
+    def options(self) -> dict[str, int]:
+        """Triton's launch options."""
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return options | {"maxnreg": self.registers} if self.registers else options
+
+
+KERNELS = (
+    "compressed", "compressed_dq", "compressed_dkv", "importance", "window", "window_dq", "window_dkv",
+    "selected_parts", "selected_finish", "selected_gradient_parts", "selected_gradient_finish", "forced_dkv",
+)  # fmt: skip
+
+TABLE: dict[str, dict[str, Tile]] = {
+    "NVIDIA H200": {
+        "compressed/256": Tile(128, 64, 4, 2),
+        "compressed/128": Tile(128, 64, 4, 3),
+        "compressed_dq/256": Tile(128, 64, 8, 3),
+        "compressed_dq/128": Tile(128, 64, 8, 3),
+        "compressed_dkv/256": Tile(64, 64, 4, 2),
+        "importance/256": Tile(64, 128, 4, 2, 168),
+        "importance/128": Tile(64, 128, 4, 2, 168),
+        "window/256": Tile(64, 64, 4, 2, 168),
+        "window_dq/256": Tile(64, 64, 4, 3),
+        "window_dkv/256": Tile(64, 64, 4, 2),
+        "forced_dkv/256": Tile(64, 64, 4, 2),
+        "selected_parts/256": Tile(64, 64, 4, 1),
+        "selected_finish/256": Tile(64, 64, 4, 4),
+        "selected_gradient_parts/256": Tile(64, 64, 4, 2),
+        "selected_gradient_finish/256": Tile(64, 64, 4, 5),
+    },
+}
+"""device -> "kernel/bytes of a row" or "kernel/bytes of a row/heads of a group" -> Tile."""
+
+
+def default(kernel: str, row_bytes: int, dtype: torch.dtype) -> Tile:
+    """A configuration that fits: small tiles for wide rows, and for float32, whose exact products run on the plain units."""
+    if dtype == torch.float32:
+        tile = Tile(64, 32 if row_bytes > 256 else 64, 8 if row_bytes > 256 else 4, 1)
+        if kernel == "importance":
+            return replace(tile, keys=64)
+        return tile
+    if row_bytes > 256:
+        tile = Tile(64, 32, 8, 2)
+        if kernel == "importance":
+            return replace(tile, keys=64)
+        if kernel.startswith("selected"):
+            return replace(tile, stages=1)
+        return tile
+    if kernel == "importance":
+        return Tile(64, 128, 4, 2)
+    return Tile(64, 64, 4, 2)
+
+
+@cache
+def _device_table(device: torch.device) -> dict[str, Tile]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+    table = dict(TABLE.get(name, {}))
+    path = os.environ.get(TABLE_VARIABLE)
+    if path:
+        table |= read_table(Path(path)).get(name, {})
+    return table
+
+
+def tile(kernel: str, *, width: int, group: int, dtype: torch.dtype, device: torch.device) -> Tile:
+    """The configuration of a kernel. width: head dim rounded up to a power of two. group: heads of a group."""
+    row_bytes = width * dtype.itemsize
+    table = {} if dtype == torch.float32 else _device_table(device)
+    name = f"{kernel}/{row_bytes}"
+    return table.get(f"{name}/{group}") or table.get(name) or default(kernel, row_bytes, dtype)
+
+
+def read_table(path: Path) -> dict[str, dict[str, Tile]]:
+    """A table written by `write_table`. NsaError (exit 3) for anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {device: {key: Tile(**value) for key, value in rows.items()} for device, rows in content.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        hint = f"write one with nsa bench --tune, or unset {TABLE_VARIABLE}"
+        raise NsaError(f"{path} is not a table of kernel configurations: {error}", hint, ExitCode.BAD_INPUT) from error
+
+
+def table_to_json(table: dict[str, dict[str, Tile]]) -> str:
+    """The text that `read_table` reads."""
+    content = {device: {key: asdict(value) for key, value in sorted(rows.items())} for device, rows in table.items()}
+    return json.dumps(content, indent=1) + "\n"
