@@ -10,7 +10,8 @@ two), so that K and V are read once for the whole group, or a single head (R = R
 their number in a batch entry. Tiles that stream past (K, V, and in `attend_dkv` q and do) come through the copy engine's
 descriptors, whose unit dimensions stand first; a group's tile that stays is loaded by pointers. Triton 3.6 would take it
 from a descriptor's box of several dimensions to registers, which spills, and was seen to be wrong (D 64, a group's
-rows, two key tiles); one head's box stays in shared memory, where operands belong. Scores are in log2 units: `scale` has log2(e) in it.
+rows, two key tiles); one head's box stays in shared memory, where operands belong. Scores are in log2 units: `scale` has
+log2(e) in it.
 In the backward, with the gate g of the branch and delta = rowsum(do * o): dv = (g P)^T do, dS = g P (do V^T - delta),
 dq = scale dS K, dk = scale dS^T Q.
 """
@@ -40,17 +41,26 @@ def row_offsets(i_b, i_u, o_t, o_r, stride_b, stride_h, stride_t, R: tl.constexp
 
 
 @triton.jit
-def load_tile(p_x, o_row, m_row, D: tl.constexpr, DP: tl.constexpr):
-    """[M, DP] from rows that begin at o_row; zeros beyond."""
-    o_d = tl.arange(0, DP)[None, :]
-    return tl.load(p_x + o_row[:, None] + o_d, mask=m_row[:, None] & (o_d < D), other=0.0)
+def tile_mask(m_row, D: tl.constexpr, DP: tl.constexpr):
+    """[M, DP], or [M, 1] where no column is padding."""
+    m_tile = m_row[:, None]
+    if D != DP:
+        m_tile = m_tile & (tl.arange(0, DP) < D)[None, :]
+    return m_tile
 
 
 @triton.jit
-def store_tile(p_x, b_x, o_row, m_row, D: tl.constexpr, DP: tl.constexpr):
+def load_tile(p_x, o_row, m_row, D: tl.constexpr, DP: tl.constexpr, EVICT: tl.constexpr = ""):
+    """[M, DP] from rows that begin at o_row; zeros beyond."""
+    p_tile = p_x + o_row[:, None] + tl.arange(0, DP)[None, :]
+    return tl.load(p_tile, mask=tile_mask(m_row, D, DP), other=0.0, eviction_policy=EVICT)
+
+
+@triton.jit
+def store_tile(p_x, b_x, o_row, m_row, D: tl.constexpr, DP: tl.constexpr, EVICT: tl.constexpr = ""):
     """The opposite of `load_tile`, in p_x's dtype."""
-    o_d = tl.arange(0, DP)[None, :]
-    tl.store(p_x + o_row[:, None] + o_d, b_x.to(p_x.dtype.element_ty), mask=m_row[:, None] & (o_d < D))
+    p_tile = p_x + o_row[:, None] + tl.arange(0, DP)[None, :]
+    tl.store(p_tile, b_x.to(p_x.dtype.element_ty), mask=tile_mask(m_row, D, DP), eviction_policy=EVICT)
 
 
 @triton.jit
@@ -207,10 +217,10 @@ def attend_forward(
 
 @triton.jit
 def gradient_keys(
-    b_acc, b_q, b_do, b_lse, b_delta, d_k, d_v, i_b, i_g, low, high, from_key, all_from, all_to, to_key, scale,
-    DK: tl.constexpr, DV: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    b_acc, b_q, b_do, b_lse, b_delta, b_gate, d_k, d_v, i_b, i_g, low, high, from_key, all_from, all_to, to_key, scale,
+    DK: tl.constexpr, DV: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """b_acc [M, DK] + P (do V^T - delta) K over the keys from_key .. to_key."""
+    """b_acc [M, DK] + g P (do V^T - delta) K over the keys from_key .. to_key."""
     for j in range(from_key, to_key, BN):
         b_k = d_k.load([i_b, i_g, j, 0]).reshape(BN, DK)
         b_v = d_v.load([i_b, i_g, j, 0]).reshape(BN, DV)
@@ -218,6 +228,8 @@ def gradient_keys(
         if (j < all_from) | (j + BN > all_to):
             o_s = (j + tl.arange(0, BN))[None, :]
             b_p = tl.where((o_s >= low[:, None]) & (o_s < high[:, None]), b_p, 0.0)
+        if GATED:
+            b_p *= b_gate[:, None]
         b_ds = b_p * (tl.dot(b_do, b_v.T, input_precision=PRECISION) - b_delta[:, None])
         b_acc = tl.dot(b_ds.to(b_k.dtype), b_k, b_acc, input_precision=PRECISION)
     return b_acc
@@ -257,8 +269,8 @@ def attend_dq(
     b_delta = tl.load(p_delta + o_row, mask=m_row, other=0.0)
     b_acc = tl.zeros([M, DK], tl.float32)
     b_acc = gradient_keys(
-        b_acc, b_q, b_do, b_lse, b_delta, d_k, d_v, i_b, i_g, low, high, from_key, all_from, all_to, to_key, scale,
-        DK, DV, BN, PRECISION,
+        b_acc, b_q, b_do, b_lse, b_delta, b_delta, d_k, d_v, i_b, i_g, low, high, from_key, all_from, all_to, to_key, scale,
+        DK, DV, BN, PRECISION, False,
     )  # fmt: skip
     b_acc = b_acc * dq_scale
     if GATED:

@@ -6,6 +6,8 @@ Nothing here knows autograd; `operators.py` registers what stands here. Every te
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 from torch import Tensor
@@ -17,16 +19,19 @@ from nsa_cli.ops.triton.problem import Problem, group_rows, head_rows
 
 SCORE_ELEMENTS = 2**26
 """Float32 block scores alive at a time (256 MiB): importance and selection run in chunks of queries."""
-PART_BYTES = 3 * 2**29
-"""Bytes of partial outputs, or query gradients, alive at a time in the selected branch (1.5 GiB)."""
-UNIT_TOKENS = 4096
-"""Query tokens a unit of the inverted index: what its items gather stays in a 50 MB cache."""
+PART_BYTES = {"forward": 3 * 2**29, "backward": 2**30}
+"""Bytes of partial outputs, or query gradients, alive at a time in the selected branch."""
+UNIT_TOKENS = {"forward": 4096, "backward": 16384}
+"""Query tokens a unit of the inverted index. Forward: what its items gather stays in a 50 MB cache. Backward: items are long,
+since each writes dk and dv of its block."""
 MOST_ROWS = 128
 """Of a tile, for a group of at most as many heads."""
-ITEM_FORWARD, ITEM_BACKWARD = 256, 1024
+ITEM = {"forward": 256, "backward": 1024}
 """Queries an item of the inverted index, at most."""
 KEY_STAGES = {"num_stages": 2}
 """Of the finishing kernels' loops over forced keys; their tile's stages are those of the loop over partials."""
+KEY_BYTES = 2**16
+"""A selected block's keys, or values, on chip at a time."""
 DKV_PROGRAMS = 2048
 """The queries of a compressed key tile's gradient are split until there are about as many programs: it evens out the triangle."""
 
@@ -86,10 +91,11 @@ def select(q: Tensor, k_cmp: Tensor, lse: Tensor, p: Problem) -> Tensor:
     for t0 in range(0, p.n, rows):
         t1 = min(t0 + rows, p.n)
         reach = blocks if p.packed else config.num_select_blocks(t1)
-        grid = (p.b * p.g * triton.cdiv(t1 - t0, tile.rows) * triton.cdiv(reach, bn // step - 1),)
+        key_tiles = triton.cdiv(reach, bn // step - 1)
+        grid = (p.b * p.g * triton.cdiv(t1 - t0, tile.rows) * key_tiles,)
         selection.block_importance[grid](
-            d_q, k_cmp, lse, scores, *tables, t0, t1, p.n, k_cmp.shape[2], blocks, p.b * p.g, p.scale_log2,
-            k_cmp.stride(0), k_cmp.stride(1), k_cmp.stride(2), G=p.g, R=p.r, D=p.d, DK=p.dk,
+            d_q, k_cmp, lse, scores, *tables, t0, t1, p.n, k_cmp.shape[2], blocks, p.b * p.g, key_tiles,
+            p.scale_log2, k_cmp.stride(0), k_cmp.stride(1), k_cmp.stride(2), G=p.g, R=p.r, D=p.d, DK=p.dk,
             LENGTH=config.compress_block, STRIDE=config.compress_stride, BLOCK=config.select_block, STEP=step,
             PACKED=p.packed, BM=tile.rows, BN=bn, PRECISION=p.precision, **tile.options(),
         )  # fmt: skip
@@ -108,26 +114,28 @@ class Selection:
     forced: the indices hold the configuration's forced blocks in their first and last places, as `select` puts them there.
     """
 
-    def __init__(self, indices: Tensor, p: Problem, *, forced: bool, item: int, part_width: int) -> None:
+    def __init__(self, indices: Tensor, p: Problem, *, forced: bool, way: str) -> None:
         config = p.config
         self.p, self.indices = p, indices
         self.num_init = config.num_init if forced else 0
         self.num_local = config.num_local if forced else 0
         self.free = config.num_selected - self.num_init - self.num_local
-        self.bs = max(16, triton.next_power_of_2(config.select_block))
-        self.places = triton.next_power_of_2(max(self.free, 1))
+        whole = max(16, triton.next_power_of_2(config.select_block))
+        self.bs = min(whole, max(16, KEY_BYTES // (max(p.dk, p.dv) * p.dtype.itemsize)))
+        self.sub = whole // self.bs
+        self.places = triton.next_power_of_2(max(self.free, 1)) * self.sub
         self.causal = self.num_local == 0
-        self.chunk = min(UNIT_TOKENS, triton.cdiv(p.n, MOST_ROWS) * MOST_ROWS)  # whole tiles
+        self.chunk = min(UNIT_TOKENS[way], triton.cdiv(p.n, MOST_ROWS) * MOST_ROWS)  # whole tiles
         self.a_head = triton.cdiv(p.n, self.chunk)
         self.units = p.b * p.g * self.a_head
         self.index: Index | None = None
         if self.free > 0:
             self.index = build_index(
                 indices, select_block=config.select_block, num_init=self.num_init, num_local=self.num_local,
-                blocks=p.select_blocks, chunk=self.chunk, item=item, start=p.table("start"), sel_base=p.table("sel_base"),
+                blocks=p.select_blocks, chunk=self.chunk, item=ITEM[way], start=p.table("start"), sel_base=p.table("sel_base"),
             )  # fmt: skip
-        a_row = max(self.free, 1) * p.r * part_width * p.dtype.itemsize
-        self.units_a_part = max(1, min(self.units, PART_BYTES // (a_row * min(self.chunk, p.n))))
+        a_row = max(self.free, 1) * self.sub * p.r * max(p.d, p.e) * p.dtype.itemsize
+        self.units_a_part = max(1, min(self.units, PART_BYTES[way] // (a_row * min(self.chunk, p.n))))
 
     def part_entries(self) -> int:
         """Entries of the largest chunk of units."""
@@ -144,7 +152,8 @@ class Selection:
         """What the finishing kernels are told of places and forced blocks."""
         return {
             "BLOCK": self.p.config.select_block, "NUM": self.p.config.num_selected, "FREE": self.free,
-            "NUM_INIT": self.num_init, "NUM_LOCAL": self.num_local, "PACKED": self.p.packed,
+            "SUB": self.sub, "NUM_INIT": self.num_init, "NUM_LOCAL": self.num_local, "WINDOW": self.p.config.window,
+            "PACKED": self.p.packed,
         }  # fmt: skip
 
 
@@ -152,41 +161,57 @@ def _at(x: Tensor) -> tuple[int, int, int]:
     return x.stride(0), x.stride(1), x.stride(2)
 
 
+@dataclass(frozen=True)
+class Rest:
+    """What the last forward kernel does besides the selected branch: the window branch, the gates and the sum.
+
+    o_cmp is read; o_win, its log-sum-exp and total are written.
+    """
+
+    k_win: Tensor
+    v_win: Tensor
+    gates: Tensor
+    o_cmp: Tensor
+    o_win: Tensor
+    lse_win: Tensor
+    total: Tensor
+
+
 def selected_forward(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, out: Tensor, p: Problem, *, forced: bool,
-    combine: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
-) -> Tensor:  # fmt: skip
-    """Writes o_slc to `out`; returns its log-sum-exp. combine: (o_cmp, o_win, gates, total): also the gated sum to total."""
-    s = Selection(indices, p, forced=forced, item=ITEM_FORWARD, part_width=p.e)
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, out: Tensor, p: Problem, *, forced: bool, rest: Rest | None = None
+) -> Tensor:
+    """Writes o_slc to `out`; returns its log-sum-exp. forced: as in Selection."""
+    s = Selection(indices, p, forced=forced, way="forward")
     lse = torch.empty(p.b, p.n, p.h, dtype=torch.float32, device=p.device)
     parts, finish = _tile("selected_parts", p), _tile("selected_finish", p)
     m_parts, m = _rows(parts, p), _rows(finish, p)
     part_o = part_lse = None
     if s.index is not None:
         entries = s.part_entries()
-        part_o = torch.empty(entries, p.r, p.e, dtype=p.dtype, device=p.device)
-        part_lse = torch.empty(entries, p.r, dtype=torch.float32, device=p.device)
+        part_o = torch.empty(entries * s.sub, p.r, p.e, dtype=p.dtype, device=p.device)
+        part_lse = torch.empty(entries * s.sub, p.r, dtype=torch.float32, device=p.device)
 
     d_k, d_v = head_rows(k, finish.keys, p.dk), head_rows(v, finish.keys, p.dv)
-    o_cmp, o_win, gate, total = combine if combine is not None else (out, out, None, out)
-    assert _at(out) == _at(total) == _at(o_cmp) == _at(o_win)
-    gate_strides = gate.stride() if gate is not None else (0, 0, 0, 0)
+    all_of = rest or Rest(k, v, q, out, out, lse, out)
+    assert _at(out) == _at(all_of.total) == _at(all_of.o_cmp) == _at(all_of.o_win)
+    d_k_win, d_v_win = head_rows(all_of.k_win, finish.keys, p.dk), head_rows(all_of.v_win, finish.keys, p.dv)
     for unit0, unit1, row0 in s.chunks():
         if s.index is not None:
             i = s.index
-            selected.selected_parts[(i.most_items(unit1 - unit0, entries),)](
+            selected.selected_parts[(i.most_items(unit1 - unit0, entries) * s.sub,)](
                 q, k, v, part_o, part_lse, i.entries, i.ends, i.items, i.item_list, i.item_start,
                 p.table("sel_start"), p.table("sel_end"), unit0 * i.blocks, unit1 * i.blocks, row0, p.n, s.a_head, i.blocks,
                 p.scale_log2, *_at(q), *_at(k), *_at(v), G=p.g, R=p.r, RP=p.rp, D=p.d, E=p.e, DK=p.dk, DV=p.dv,
-                BLOCK=p.config.select_block, BS=s.bs, FREE=s.free, ITEM=i.item, CAUSAL=s.causal, PACKED=p.packed,
+                BLOCK=p.config.select_block, BS=s.bs, SUB=s.sub, FREE=s.free, ITEM=i.item, CAUSAL=s.causal, PACKED=p.packed,
                 M=m_parts, PRECISION=p.precision, **parts.options(),
             )  # fmt: skip
         grid = ((unit1 - unit0) * triton.cdiv(s.chunk, m // p.rp),)
         selected.selected_finish[grid](
-            q, d_k, d_v, out, total, o_cmp, o_win, gate, indices, part_o, part_lse, lse, p.table("start"), unit0, row0, p.n,
-            s.a_head, s.chunk, p.scale_log2, *_at(q), *_at(out), *gate_strides, G=p.g, R=p.r, RP=p.rp, D=p.d, E=p.e, DK=p.dk,
-            DV=p.dv, PLACES=s.places, **s.constants(), M=m, BN=finish.keys,
-            STAGES=finish.stages, PRECISION=p.precision, COMBINE=combine is not None, **(finish.options() | KEY_STAGES),
+            q, d_k, d_v, d_k_win, d_v_win, out, all_of.total, all_of.o_cmp, all_of.o_win, all_of.gates, indices, part_o,
+            part_lse, lse, all_of.lse_win, p.table("start"), unit0, row0, p.n, s.a_head, s.chunk, p.scale_log2, *_at(q),
+            *_at(out), *all_of.gates.stride(), G=p.g, R=p.r, RP=p.rp, D=p.d, E=p.e, DK=p.dk, DV=p.dv, PLACES=s.places,
+            **s.constants(), M=m, BN=finish.keys, STAGES=finish.stages, PRECISION=p.precision, COMBINE=rest is not None,
+            **(finish.options() | KEY_STAGES),
         )  # fmt: skip
     return lse
 
@@ -255,9 +280,13 @@ def attend_dkv(
 
 def selected_backward(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, indices: Tensor, lse: Tensor, delta: Tensor, gate: Tensor | None, dq: Tensor,
-    p: Problem, *, forced: bool, add: bool,
+    p: Problem, *, forced: bool, add: bool = False,
+    window: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Writes, or adds, the selected branch's query gradient to dq; returns dk and dv, float32 [b, s, g, d]."""
+    """Writes, or adds, the selected branch's query gradient to dq; returns dk and dv, float32 [b, s, g, d].
+
+    window: (k_win, v_win, lse, delta, gate): the window branch's query gradient too.
+    """
     config = p.config
     if forced and config.num_local > 0:
         dk, dv = attend_dkv("local", q, k, v, do, lse, delta, gate, p)
@@ -269,7 +298,7 @@ def selected_backward(
         dk_init, dv_init = attend_dkv("init", q, k, v, do, lse, delta, gate, p, keys)
         dk[:, :keys] += dk_init
         dv[:, :keys] += dv_init
-    s = Selection(indices, p, forced=forced, item=ITEM_BACKWARD, part_width=p.d)
+    s = Selection(indices, p, forced=forced, way="backward")
     parts, finish = _tile("selected_gradient_parts", p), _tile("selected_gradient_finish", p)
     m_parts, m = _rows(parts, p), _rows(finish, p)
     part_dq = None
@@ -277,31 +306,32 @@ def selected_backward(
         i, block = s.index, config.select_block
         entries = s.part_entries()
         most = i.most_items(s.units_a_part, entries)
-        part_dq = torch.empty(entries, p.r, p.d, dtype=p.dtype, device=p.device)
+        part_dq = torch.empty(entries * s.sub, p.r, p.d, dtype=p.dtype, device=p.device)
         part_dk = torch.empty(most, block, p.d, dtype=torch.float32, device=p.device)
         part_dv = torch.empty(most, block, p.e, dtype=torch.float32, device=p.device)
+    k_win, v_win, *win_rows = window or (k, v, None, None, None)
     d_k, d_v = head_rows(k, finish.keys, p.dk), head_rows(v, finish.keys, p.dv)
+    d_k_win, d_v_win = head_rows(k_win, finish.keys, p.dk), head_rows(v_win, finish.keys, p.dv)
     for unit0, unit1, row0 in s.chunks():
         if s.index is not None:
-            selected.selected_gradient_parts[(i.most_items(unit1 - unit0, entries),)](
+            selected.selected_gradient_parts[(i.most_items(unit1 - unit0, entries) * s.sub,)](
                 q, do, k, v, part_dq, part_dk, part_dv, lse, delta, gate, i.entries, i.ends, i.items, i.item_list,
                 i.item_start, p.table("sel_start"), p.table("sel_end"), unit0 * i.blocks, unit1 * i.blocks, row0, p.n,
                 s.a_head, i.blocks, p.scale_log2, p.scale, *_at(q), *_at(do), *_at(k), *_at(v), G=p.g, R=p.r, RP=p.rp,
-                D=p.d, E=p.e, DK=p.dk, DV=p.dv, BLOCK=block, BS=s.bs, FREE=s.free, ITEM=i.item, CAUSAL=s.causal,
+                D=p.d, E=p.e, DK=p.dk, DV=p.dv, BLOCK=block, BS=s.bs, SUB=s.sub, FREE=s.free, ITEM=i.item, CAUSAL=s.causal,
                 PACKED=p.packed, M=m_parts, STAGES=parts.stages, PRECISION=p.precision, GATED=gate is not None,
                 **parts.options(),
             )  # fmt: skip
             heads = (unit1 - 1) // s.a_head - unit0 // s.a_head + 1
-            selected.selected_gradient_sum[(heads * i.blocks,)](
+            selected.selected_gradient_sum[(heads * i.blocks * s.sub,)](
                 part_dk, part_dv, dk, dv, i.items, p.table("sel_start"), p.table("sel_end"), unit0, unit1, p.n, s.a_head,
-                i.blocks, G=p.g, D=p.d, E=p.e, DK=p.dk, DV=p.dv, BLOCK=block, BS=s.bs, PACKED=p.packed, num_warps=8,
+                i.blocks, G=p.g, D=p.d, E=p.e, DK=p.dk, DV=p.dv, BLOCK=block, BS=s.bs, SUB=s.sub, PACKED=p.packed, num_warps=8,
             )  # fmt: skip
         selected.selected_gradient_finish[((unit1 - unit0) * triton.cdiv(s.chunk, m // p.rp),)](
-            q, do, d_k, d_v, dq, part_dq, lse, delta, gate, indices, p.table("start"), unit0, row0, p.n, s.a_head, s.chunk,
-            p.scale_log2, p.scale, *_at(q), *_at(do), *_at(dq), G=p.g, R=p.r, RP=p.rp, D=p.d, E=p.e, DK=p.dk, DV=p.dv,
-            **s.constants(), M=m,
-            BN=finish.keys, STAGES=finish.stages, PRECISION=p.precision, ADD=add, GATED=gate is not None,
-            **(finish.options() | KEY_STAGES),
+            q, do, d_k, d_v, d_k_win, d_v_win, dq, part_dq, lse, delta, gate, *win_rows, indices, p.table("start"), unit0,
+            row0, p.n, s.a_head, s.chunk, p.scale_log2, p.scale, *_at(q), *_at(do), *_at(dq), G=p.g, R=p.r, RP=p.rp, D=p.d,
+            E=p.e, DK=p.dk, DV=p.dv, **s.constants(), M=m, BN=finish.keys, STAGES=finish.stages, PRECISION=p.precision,
+            ADD=add, GATED=gate is not None, WINDOW_TOO=window is not None, **(finish.options() | KEY_STAGES),
         )  # fmt: skip
     return dk, dv
 

@@ -230,10 +230,9 @@ def attention_forward(
     k_cmp, v_cmp = _blocks(k_cmp), _blocks(v_cmp)
     lse_cmp = launch.attend_forward("cmp", q_cmp, k_cmp, v_cmp, branches[0], p)
     indices = launch.select(q_cmp, k_cmp, lse_cmp, p)
-    lse_win = launch.attend_forward("win", q, k_win, v_win, branches[2], p)
-    combine = (branches[0], branches[2], gates, out)
-    lse_slc = launch.selected_forward(q, k, v, indices, branches[1], p, forced=True, combine=combine)
-    return out, branches, torch.stack((lse_cmp, lse_slc, lse_win)), indices
+    rest = launch.Rest(k_win, v_win, gates, branches[0], branches[2], torch.empty_like(lse_cmp), out)
+    lse_slc = launch.selected_forward(q, k, v, indices, branches[1], p, forced=True, rest=rest)
+    return out, branches, torch.stack((lse_cmp, lse_slc, rest.lse_win)), indices
 
 
 def _branches(q: Tensor, width: int) -> Tensor:
@@ -268,19 +267,16 @@ def attention_backward(
     q_in, k_in, v_in = aligned(q), aligned(k), aligned(v)
     dq = _like_rows(q)
     dq_cmp = None if q_cmp is None else _like_rows(q_cmp)
+    k_win_in, v_win_in = k_in if k_win is None else aligned(k_win), v_in if v_win is None else aligned(v_win)
     cmp = (q_in if q_cmp is None else aligned(q_cmp), _blocks(k_cmp), _blocks(v_cmp), do, lse[0], delta[0], gate[0])
-    win = (
-        q_in, k_in if k_win is None else aligned(k_win), v_in if v_win is None else aligned(v_win), do, lse[2], delta[2],
-        gate[2],
-    )  # fmt: skip
     launch.attend_dq("cmp", *cmp, dq if dq_cmp is None else dq_cmp, p, add=False)
     dk_cmp, dv_cmp = launch.attend_dkv("cmp", *cmp, p)
     dk_cmp, dv_cmp = _as_gradient(dk_cmp, k_cmp), _as_gradient(dv_cmp, v_cmp)
-    launch.attend_dq("win", *win, dq, p, add=q_cmp is None)
     dk, dv = launch.selected_backward(
-        q_in, k_in, v_in, do, indices, lse[1], delta[1], gate[1], dq, p, forced=True, add=True
-    )
-    dk_win, dv_win = launch.attend_dkv("win", *win, p)
+        q_in, k_in, v_in, do, indices, lse[1], delta[1], gate[1], dq, p, forced=True, add=q_cmp is None,
+        window=(k_win_in, v_win_in, lse[2], delta[2], gate[2]),
+    )  # fmt: skip
+    dk_win, dv_win = launch.attend_dkv("win", q_in, k_win_in, v_win_in, do, lse[2], delta[2], gate[2], p)
     if k_win is None:
         dk += dk_win
     if v_win is None:

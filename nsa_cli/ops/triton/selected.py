@@ -4,7 +4,8 @@ The cost does not depend on the group's size. An item holds one block's K and V 
 M / RP tokens times a group's heads a step; what it finds goes to a partial of its own for every (query, place, head), in the
 input's dtype, and the finishing kernel adds a query's partials up in the order of their places, after the forced blocks,
 which are two contiguous ranges and need no index. Free blocks lie in the past and are not masked; where a query's own block
-is not forced (CAUSAL), it may be among them. Partials exist for a chunk of units at a time.
+is not forced (CAUSAL), it may be among them. Partials exist for a chunk of units at a time. A block that is too large for the
+chip is taken in SUB parts of BS keys, each with partials of its own.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -17,6 +18,7 @@ import triton.language as tl
 from nsa_cli.ops.triton.attend import (
     INIT,
     LOCAL,
+    WIN,
     attend_keys,
     gradient_keys,
     key_bounds,
@@ -31,11 +33,13 @@ def selected_parts(
     p_q, p_k, p_v, p_o, p_lse, p_entries, p_ends, p_items, p_item_list, p_item_start, p_sel_start, p_sel_end,
     LIST0, LIST1, ROW0, N, UNITS_A_HEAD, BLOCKS, scale, stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_kt,
     stride_vb, stride_vg, stride_vt, G: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-    DK: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, BS: tl.constexpr, FREE: tl.constexpr, ITEM: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, BS: tl.constexpr, SUB: tl.constexpr, FREE: tl.constexpr,
+    ITEM: tl.constexpr,
     CAUSAL: tl.constexpr, PACKED: tl.constexpr, M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Normalised o and log-sum-exp of every entry of one item."""
-    i_w = tl.load(p_items + LIST0) + tl.program_id(0)
+    i_item, i_sub = tl.program_id(0) // SUB, tl.program_id(0) % SUB
+    i_w = tl.load(p_items + LIST0) + i_item
     if i_w < tl.load(p_items + LIST1):
         BQ: tl.constexpr = M // RP
         i_list = tl.load(p_item_list + i_w)
@@ -48,15 +52,13 @@ def selected_parts(
         if PACKED:
             first = tl.load(p_sel_start + i_block)
             end = tl.load(p_sel_end + i_block)
-        o_i, o_d, o_e = tl.arange(0, BS), tl.arange(0, DK), tl.arange(0, DV)
+        o_i = i_sub * BS + tl.arange(0, BS)
         o_s = (first + o_i).to(tl.int64)
         m_s = (o_i < BLOCK) & (o_s < end)
         o_k = i_b * stride_kb + i_g * stride_kg + o_s * stride_kt
         o_v = i_b * stride_vb + i_g * stride_vg + o_s * stride_vt
-        b_k = tl.load(p_k + o_k[:, None] + o_d[None, :], mask=m_s[:, None] & (o_d < D)[None, :], other=0.0,
-                      eviction_policy="evict_last")  # fmt: skip
-        b_v = tl.load(p_v + o_v[:, None] + o_e[None, :], mask=m_s[:, None] & (o_e < E)[None, :], other=0.0,
-                      eviction_policy="evict_last")  # fmt: skip
+        b_k = load_tile(p_k, o_k, m_s, D, DK, "evict_last")
+        b_v = load_tile(p_v, o_v, m_s, E, DV, "evict_last")
         o_m = tl.arange(0, M)
         o_r = o_m % RP
         o_head = i_b * stride_qb + (i_g * R + o_r).to(tl.int64) * stride_qh
@@ -66,22 +68,19 @@ def selected_parts(
             m_m = (o_a < e1) & (o_r < R)
             b_entry = b_next
             b_next = tl.load(p_entries + o_a + BQ, mask=o_a + BQ < e1, other=0)  # ahead: a gather waits for it
-            o_t = b_entry // FREE % N
-            o_q = o_head + o_t.to(tl.int64) * stride_qt
-            b_q = tl.load(p_q + o_q[:, None] + o_d[None, :], mask=m_m[:, None] & (o_d < D)[None, :], other=0.0,
-                          eviction_policy="evict_last")  # fmt: skip
+            o_t = b_entry // FREE - i_bg * N
+            b_q = load_tile(p_q, o_head + o_t.to(tl.int64) * stride_qt, m_m, D, DK, "evict_last")
             b_s = tl.dot(b_q, b_k.T, input_precision=PRECISION)  # [M, BS]
             if CAUSAL:
                 b_s = tl.where(m_s[None, :] & (o_s[None, :] <= o_t[:, None]), b_s, float("-inf"))
-            elif BS != BLOCK:
+            elif BS * SUB != BLOCK:
                 b_s = tl.where(m_s[None, :], b_s, float("-inf"))
             b_max = tl.maximum(tl.max(b_s, 1) * scale, -1e30)
             b_p = tl.exp2(b_s * scale - b_max[:, None])
             b_sum = tl.sum(b_p, 1)
             b_o = tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION) * (1.0 / tl.maximum(b_sum, 1.0))[:, None]
-            o_part = (b_entry.to(tl.int64) - ROW0 * FREE) * R + o_r
-            tl.store(p_o + o_part[:, None] * E + o_e[None, :], b_o.to(p_o.dtype.element_ty),
-                     mask=m_m[:, None] & (o_e < E)[None, :], eviction_policy="evict_first")  # fmt: skip
+            o_part = ((b_entry.to(tl.int64) - ROW0 * FREE) * SUB + i_sub) * R + o_r
+            store_tile(p_o, b_o, o_part * E, m_m, E, DV, "evict_first")
             tl.store(p_lse + o_part, b_max + tl.log2(b_sum), mask=m_m)
 
 
@@ -115,9 +114,8 @@ def place_is_full(
 
 @triton.jit
 def most_places(
-    t1, p_start, BLOCK: tl.constexpr, FREE: tl.constexpr, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr,
-    PACKED: tl.constexpr,
-):  # fmt: skip
+    t1, BLOCK: tl.constexpr, FREE: tl.constexpr, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr, PACKED: tl.constexpr
+):
     """A bound on the full places of a tile's queries, of which t1 is the last."""
     count = t1 * 0 + FREE
     if (NUM_INIT + NUM_LOCAL > 0) & (not PACKED):
@@ -126,15 +124,15 @@ def most_places(
 
 
 @triton.jit
-def attend_forced(
+def attend_range(
     b_q, b_acc, b_max, b_sum, d_k, d_v, p_start, i_b, i_g, t0, t1, o_t, scale, BRANCH: tl.constexpr, DK: tl.constexpr,
-    DV: tl.constexpr, BLOCK: tl.constexpr, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr, PACKED: tl.constexpr,
-    BN: tl.constexpr, PRECISION: tl.constexpr,
+    DV: tl.constexpr, BLOCK: tl.constexpr, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr, WINDOW: tl.constexpr,
+    PACKED: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One online softmax over a tile's first, or newest, forced blocks."""
-    low, high = key_bounds(o_t, p_start, p_start, BRANCH, 1, 1, BLOCK, NUM_INIT, NUM_LOCAL, 1, PACKED)
-    from_key, all_to = key_bounds(t0, p_start, p_start, BRANCH, 1, 1, BLOCK, NUM_INIT, NUM_LOCAL, 1, PACKED)
-    all_from, to_key = key_bounds(t1, p_start, p_start, BRANCH, 1, 1, BLOCK, NUM_INIT, NUM_LOCAL, 1, PACKED)
+    """One online softmax over a tile's window, or its first, or newest, forced blocks."""
+    low, high = key_bounds(o_t, p_start, p_start, BRANCH, 1, 1, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED)
+    from_key, all_to = key_bounds(t0, p_start, p_start, BRANCH, 1, 1, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED)
+    all_from, to_key = key_bounds(t1, p_start, p_start, BRANCH, 1, 1, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED)
     b_acc, b_max, b_sum = attend_keys(
         b_q, b_acc, b_max, b_sum, d_k, d_v, i_b, i_g, low, high, from_key, all_from, all_to, to_key, scale,
         DK, DV, BN, PRECISION,
@@ -144,17 +142,19 @@ def attend_forced(
 
 @triton.jit
 def selected_finish(
-    p_q, d_k, d_v, p_out, p_total, p_cmp, p_win, p_gates, p_indices, p_o, p_part_lse, p_lse, p_start, UNIT0, ROW0, N,
+    p_q, d_k, d_v, d_k_win, d_v_win, p_out, p_total, p_cmp, p_win, p_gates, p_indices, p_o, p_part_lse, p_lse, p_win_lse,
+    p_start, UNIT0, ROW0, N,
     UNITS_A_HEAD, CHUNK, scale, stride_qb, stride_qh, stride_qt, stride_ob, stride_oh, stride_ot, stride_gb, stride_gh,
     stride_gt, stride_gr,
     G: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, E: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    BLOCK: tl.constexpr, NUM: tl.constexpr, FREE: tl.constexpr, PLACES: tl.constexpr, NUM_INIT: tl.constexpr,
-    NUM_LOCAL: tl.constexpr, PACKED: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr, COMBINE: tl.constexpr,
+    BLOCK: tl.constexpr, NUM: tl.constexpr, FREE: tl.constexpr, SUB: tl.constexpr, PLACES: tl.constexpr, NUM_INIT: tl.constexpr,
+    NUM_LOCAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, COMBINE: tl.constexpr,
 ):  # fmt: skip
-    """o of a tile: its forced blocks, then its partials; with COMBINE also total = g_cmp o_cmp + g_slc o + g_win o_win.
+    """o of a tile: its forced blocks, then its partials.
 
-    o, total, o_cmp and o_win have the same strides.
+    With COMBINE also the window branch before it, o_win, and total = g_cmp o_cmp + g_slc o + g_win o_win after it: one
+    program's products fill the time in which another waits for its partials. All four outputs have the same strides.
     """
     BQ: tl.constexpr = M // RP
     i_b, i_g, t0 = unit_tile(UNIT0, UNITS_A_HEAD, CHUNK, G, BQ)
@@ -164,29 +164,39 @@ def selected_finish(
         o_row, o_r = t0 + o_m // RP, o_m % RP
         m_m = (o_row < N) & (o_r < R)
         o_t = tl.minimum(o_row, N - 1)
+        o_lse = (i_b.to(tl.int64) * N + o_t) * (G * R) + i_g * R + o_r
+        o_out = row_offsets(i_b, i_g, o_t, o_r, stride_ob, stride_oh, stride_ot, R)
+        if COMBINE or NUM_INIT + NUM_LOCAL > 0:
+            b_q = load_tile(p_q, row_offsets(i_b, i_g, o_t, o_r, stride_qb, stride_qh, stride_qt, R), m_m, D, DK)
+        if COMBINE:
+            b_max = tl.full([M], -1e30, tl.float32)
+            b_sum = tl.zeros([M], tl.float32)
+            b_acc = tl.zeros([M, DV], tl.float32)
+            b_acc, b_max, b_sum = attend_range(
+                b_q, b_acc, b_max, b_sum, d_k_win, d_v_win, p_start, i_b, i_g, t0, t1, o_t, scale, WIN, DK, DV, BLOCK,
+                NUM_INIT, NUM_LOCAL, WINDOW, PACKED, BN, PRECISION,
+            )  # fmt: skip
+            store_tile(p_win, b_acc / b_sum[:, None], o_out, m_m, E, DV)  # a query sees itself: b_sum > 0
+            tl.store(p_win_lse + o_lse, b_max + tl.log2(b_sum), mask=m_m)
         b_max = tl.full([M], -1e30, tl.float32)
         b_sum = tl.zeros([M], tl.float32)
         b_acc = tl.zeros([M, DV], tl.float32)
-        if NUM_INIT + NUM_LOCAL > 0:
-            b_q = load_tile(p_q, row_offsets(i_b, i_g, o_t, o_r, stride_qb, stride_qh, stride_qt, R), m_m, D, DK)
         if NUM_INIT > 0:
-            b_acc, b_max, b_sum = attend_forced(
+            b_acc, b_max, b_sum = attend_range(
                 b_q, b_acc, b_max, b_sum, d_k, d_v, p_start, i_b, i_g, t0, t1, o_t, scale, INIT, DK, DV, BLOCK, NUM_INIT,
-                NUM_LOCAL, PACKED, BN, PRECISION,
+                NUM_LOCAL, WINDOW, PACKED, BN, PRECISION,
             )  # fmt: skip
         if NUM_LOCAL > 0:
-            b_acc, b_max, b_sum = attend_forced(
+            b_acc, b_max, b_sum = attend_range(
                 b_q, b_acc, b_max, b_sum, d_k, d_v, p_start, i_b, i_g, t0, t1, o_t, scale, LOCAL, DK, DV, BLOCK, NUM_INIT,
-                NUM_LOCAL, PACKED, BN, PRECISION,
+                NUM_LOCAL, WINDOW, PACKED, BN, PRECISION,
             )  # fmt: skip
-        o_e = tl.arange(0, DV)
-        m_e = (o_e < E)[None, :]
         o_row = (i_b * G + i_g).to(tl.int64) * N + o_t
         if FREE > 0:
-            o_part = (o_row - ROW0) * (FREE * R) + o_r
+            o_part = (o_row - ROW0) * (FREE * SUB * R) + o_r
             o_f = tl.arange(0, PLACES)[None, :]
             full = place_is_full(
-                o_f, o_t[:, None], o_row[:, None], p_indices, p_start, BLOCK, NUM, FREE, NUM_INIT, NUM_LOCAL, PACKED
+                o_f // SUB, o_t[:, None], o_row[:, None], p_indices, p_start, BLOCK, NUM, FREE, NUM_INIT, NUM_LOCAL, PACKED
             )
             b_lse = tl.load(p_part_lse + o_part[:, None] + o_f * R, mask=full & m_m[:, None], other=float("-inf"))
             b_new = tl.maximum(b_max, tl.max(b_lse, 1))
@@ -194,20 +204,18 @@ def selected_finish(
             b_max = b_new
             b_sum = b_sum * b_scale + tl.sum(tl.exp2(b_lse - b_max[:, None]), 1)
             b_acc = b_acc * b_scale[:, None]
-            for f in tl.range(0, most_places(t1, p_start, BLOCK, FREE, NUM_INIT, NUM_LOCAL, PACKED), num_stages=STAGES):
-                m_f = m_m & place_is_full(f, o_t, o_row, p_indices, p_start, BLOCK, NUM, FREE, NUM_INIT, NUM_LOCAL, PACKED)
+            for f in tl.range(0, most_places(t1, BLOCK, FREE, NUM_INIT, NUM_LOCAL, PACKED) * SUB, num_stages=STAGES):
+                m_f = m_m & place_is_full(f // SUB, o_t, o_row, p_indices, p_start, BLOCK, NUM, FREE, NUM_INIT, NUM_LOCAL, PACKED)
                 b_p = tl.exp2(tl.load(p_part_lse + o_part + f * R, mask=m_f, other=float("-inf")) - b_max)
-                b_o = tl.load(p_o + (o_part + f * R)[:, None] * E + o_e[None, :], mask=m_f[:, None] & m_e, other=0.0,
-                              eviction_policy="evict_first")  # fmt: skip
+                b_o = load_tile(p_o, (o_part + f * R) * E, m_f, E, DV, "evict_first")
                 b_acc += b_p[:, None] * b_o.to(tl.float32)
         seen = b_sum > 0.0
         b_one = tl.where(seen, b_sum, 1.0)
         b_acc = b_acc / b_one[:, None]
-        o_lse = (i_b.to(tl.int64) * N + o_t) * (G * R) + i_g * R + o_r
         tl.store(p_lse + o_lse, tl.where(seen, b_max + tl.log2(b_one), float("inf")), mask=m_m)
-        o_out = row_offsets(i_b, i_g, o_t, o_r, stride_ob, stride_oh, stride_ot, R)
         store_tile(p_out, b_acc, o_out, m_m, E, DV)
         if COMBINE:
+            tl.debug_barrier()  # o_win was written by this program's threads, perhaps not by those that read it
             o_gate = i_b.to(tl.int64) * stride_gb + (i_g * R + o_r).to(tl.int64) * stride_gh + o_t.to(tl.int64) * stride_gt
             b_acc *= tl.load(p_gates + o_gate + stride_gr, mask=m_m, other=0.0).to(tl.float32)[:, None]
             b_gate = tl.load(p_gates + o_gate, mask=m_m, other=0.0).to(tl.float32)
@@ -223,11 +231,12 @@ def selected_gradient_parts(
     p_sel_start, p_sel_end, LIST0, LIST1, ROW0, N, UNITS_A_HEAD, BLOCKS, scale, dk_scale, stride_qb, stride_qh, stride_qt,
     stride_ob, stride_oh, stride_ot, stride_kb, stride_kg, stride_kt, stride_vb, stride_vg, stride_vt, G: tl.constexpr,
     R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, E: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    BLOCK: tl.constexpr, BS: tl.constexpr, FREE: tl.constexpr, ITEM: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK: tl.constexpr, BS: tl.constexpr, SUB: tl.constexpr, FREE: tl.constexpr, ITEM: tl.constexpr, CAUSAL: tl.constexpr,
     PACKED: tl.constexpr, M: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one item, in float32, and dq of every entry of it, in one pass."""
-    i_w = tl.load(p_items + LIST0) + tl.program_id(0)
+    i_item, i_sub = tl.program_id(0) // SUB, tl.program_id(0) % SUB
+    i_w = tl.load(p_items + LIST0) + i_item
     if i_w < tl.load(p_items + LIST1):
         BQ: tl.constexpr = M // RP
         i_list = tl.load(p_item_list + i_w)
@@ -240,14 +249,13 @@ def selected_gradient_parts(
         if PACKED:
             first = tl.load(p_sel_start + i_block)
             end = tl.load(p_sel_end + i_block)
-        o_i, o_d, o_e = tl.arange(0, BS), tl.arange(0, DK), tl.arange(0, DV)
-        m_d, m_e = (o_d < D)[None, :], (o_e < E)[None, :]
+        o_i = i_sub * BS + tl.arange(0, BS)
         o_s = (first + o_i).to(tl.int64)
         m_s = (o_i < BLOCK) & (o_s < end)
         o_k = i_b * stride_kb + i_g * stride_kg + o_s * stride_kt
         o_v = i_b * stride_vb + i_g * stride_vg + o_s * stride_vt
-        b_k = tl.load(p_k + o_k[:, None] + o_d[None, :], mask=m_s[:, None] & m_d, other=0.0)
-        b_v = tl.load(p_v + o_v[:, None] + o_e[None, :], mask=m_s[:, None] & m_e, other=0.0)
+        b_k = load_tile(p_k, o_k, m_s, D, DK)
+        b_v = load_tile(p_v, o_v, m_s, E, DV)
         b_dk = tl.zeros([BS, DK], tl.float32)
         b_dv = tl.zeros([BS, DV], tl.float32)
         o_m = tl.arange(0, M)
@@ -257,11 +265,11 @@ def selected_gradient_parts(
             o_a = e + o_m // RP
             m_m = (o_a < e1) & (o_r < R)
             b_entry = tl.load(p_entries + o_a, mask=o_a < e1, other=0)
-            o_t = b_entry // FREE % N
+            o_t = b_entry // FREE - i_bg * N
             o_q = i_b * stride_qb + o_head.to(tl.int64) * stride_qh + o_t.to(tl.int64) * stride_qt
             o_o = i_b * stride_ob + o_head.to(tl.int64) * stride_oh + o_t.to(tl.int64) * stride_ot
-            b_q = tl.load(p_q + o_q[:, None] + o_d[None, :], mask=m_m[:, None] & m_d, other=0.0)
-            b_do = tl.load(p_do + o_o[:, None] + o_e[None, :], mask=m_m[:, None] & m_e, other=0.0)
+            b_q = load_tile(p_q, o_q, m_m, D, DK)
+            b_do = load_tile(p_do, o_o, m_m, E, DV)
             o_row = (i_b * N + o_t) * (G * R) + o_head
             b_lse = tl.load(p_lse + o_row, mask=m_m, other=float("inf"))
             b_delta = tl.load(p_delta + o_row, mask=m_m, other=0.0)
@@ -270,36 +278,36 @@ def selected_gradient_parts(
                 b_p *= tl.load(p_gate + o_row, mask=m_m, other=0.0)[:, None]
             if CAUSAL:
                 b_p = tl.where(m_s[None, :] & (o_s[None, :] <= o_t[:, None]), b_p, 0.0)
-            elif BS != BLOCK:
+            elif BS * SUB != BLOCK:
                 b_p = tl.where(m_s[None, :], b_p, 0.0)
             b_dp = tl.dot(b_do, b_v.T, input_precision=PRECISION)
             b_dv = tl.dot(tl.trans(b_p.to(b_do.dtype)), b_do, b_dv, input_precision=PRECISION)
             b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_q.dtype)
             b_dk = tl.dot(tl.trans(b_ds), b_q, b_dk, input_precision=PRECISION)
-            o_part = (b_entry.to(tl.int64) - ROW0 * FREE) * R + o_r
+            o_part = ((b_entry.to(tl.int64) - ROW0 * FREE) * SUB + i_sub) * R + o_r
             b_dq = tl.dot(b_ds, b_k, input_precision=PRECISION)
-            tl.store(p_dq + o_part[:, None] * D + o_d[None, :], b_dq.to(p_dq.dtype.element_ty), mask=m_m[:, None] & m_d)
-        o_w = tl.program_id(0).to(tl.int64) * BLOCK + o_i
-        m_i = (o_i < BLOCK)[:, None]
-        tl.store(p_dk + o_w[:, None] * D + o_d[None, :], b_dk * dk_scale, mask=m_i & m_d)
-        tl.store(p_dv + o_w[:, None] * E + o_e[None, :], b_dv, mask=m_i & m_e)
+            store_tile(p_dq, b_dq, o_part * D, m_m, D, DK)
+        o_w = i_item.to(tl.int64) * BLOCK + o_i
+        store_tile(p_dk, b_dk * dk_scale, o_w * D, o_i < BLOCK, D, DK)
+        store_tile(p_dv, b_dv, o_w * E, o_i < BLOCK, E, DV)
 
 
 @triton.jit
 def selected_gradient_sum(
     p_dk, p_dv, p_dk_sum, p_dv_sum, p_items, p_sel_start, p_sel_end, UNIT0, UNIT1, N, UNITS_A_HEAD, BLOCKS, G: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, BS: tl.constexpr,
-    PACKED: tl.constexpr,
+    SUB: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Adds a block's items among the units [UNIT0, UNIT1) to dk and dv [b, s, g, d], in their order."""
-    i_block = tl.program_id(0) % BLOCKS
-    i_bg = UNIT0 // UNITS_A_HEAD + tl.program_id(0) // BLOCKS
+    i_sub = tl.program_id(0) % SUB
+    i_block = tl.program_id(0) // SUB % BLOCKS
+    i_bg = UNIT0 // UNITS_A_HEAD + tl.program_id(0) // SUB // BLOCKS
     i_b, i_g = (i_bg // G).to(tl.int64), i_bg % G
     first, end = i_block * BLOCK, N
     if PACKED:
         first = tl.load(p_sel_start + i_block)
         end = tl.load(p_sel_end + i_block)
-    o_i, o_d, o_e = tl.arange(0, BS), tl.arange(0, DK), tl.arange(0, DV)
+    o_i, o_d, o_e = i_sub * BS + tl.arange(0, BS), tl.arange(0, DK), tl.arange(0, DV)
     o_s = first + o_i
     m_s = ((o_i < BLOCK) & (o_s < end))[:, None]
     m_d, m_e = m_s & (o_d < D)[None, :], m_s & (o_e < E)[None, :]
@@ -317,31 +325,33 @@ def selected_gradient_sum(
 
 
 @triton.jit
-def gradient_forced(
-    b_acc, b_q, b_do, b_lse, b_delta, d_k, d_v, p_start, i_b, i_g, t0, t1, o_t, scale, BRANCH: tl.constexpr,
+def gradient_range(
+    b_acc, b_q, b_do, b_lse, b_delta, b_gate, d_k, d_v, p_start, i_b, i_g, t0, t1, o_t, scale, BRANCH: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr,
-    PACKED: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr, PACKED: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """b_acc plus dq of a tile's first, or newest, forced blocks."""
-    low, high = key_bounds(o_t, p_start, p_start, BRANCH, 1, 1, BLOCK, NUM_INIT, NUM_LOCAL, 1, PACKED)
-    from_key, all_to = key_bounds(t0, p_start, p_start, BRANCH, 1, 1, BLOCK, NUM_INIT, NUM_LOCAL, 1, PACKED)
-    all_from, to_key = key_bounds(t1, p_start, p_start, BRANCH, 1, 1, BLOCK, NUM_INIT, NUM_LOCAL, 1, PACKED)
+    """b_acc plus dq, unscaled, of a tile's window, or its first, or newest, forced blocks."""
+    low, high = key_bounds(o_t, p_start, p_start, BRANCH, 1, 1, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED)
+    from_key, all_to = key_bounds(t0, p_start, p_start, BRANCH, 1, 1, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED)
+    all_from, to_key = key_bounds(t1, p_start, p_start, BRANCH, 1, 1, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED)
     return gradient_keys(
-        b_acc, b_q, b_do, b_lse, b_delta, d_k, d_v, i_b, i_g, low, high, from_key, all_from, all_to, to_key, scale,
-        DK, DV, BN, PRECISION,
+        b_acc, b_q, b_do, b_lse, b_delta, b_gate, d_k, d_v, i_b, i_g, low, high, from_key, all_from, all_to, to_key, scale,
+        DK, DV, BN, PRECISION, GATED,
     )  # fmt: skip
 
 
 @triton.jit
 def selected_gradient_finish(
-    p_q, p_do, d_k, d_v, p_dq, p_part_dq, p_lse, p_delta, p_gate, p_indices, p_start, UNIT0, ROW0, N, UNITS_A_HEAD, CHUNK,
-    scale, dq_scale, stride_qb, stride_qh, stride_qt, stride_ob, stride_oh, stride_ot, stride_db, stride_dh, stride_dt,
+    p_q, p_do, d_k, d_v, d_k_win, d_v_win, p_dq, p_part_dq, p_lse, p_delta, p_gate, p_win_lse, p_win_delta, p_win_gate,
+    p_indices, p_start, UNIT0, ROW0, N, UNITS_A_HEAD, CHUNK, scale, dq_scale, stride_qb, stride_qh, stride_qt, stride_ob,
+    stride_oh, stride_ot, stride_db, stride_dh, stride_dt,
     G: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, E: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    BLOCK: tl.constexpr, NUM: tl.constexpr, FREE: tl.constexpr, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr,
-    PACKED: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-    ADD: tl.constexpr, GATED: tl.constexpr,
+    BLOCK: tl.constexpr, NUM: tl.constexpr, FREE: tl.constexpr, SUB: tl.constexpr, NUM_INIT: tl.constexpr,
+    NUM_LOCAL: tl.constexpr,
+    WINDOW: tl.constexpr, PACKED: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, ADD: tl.constexpr, GATED: tl.constexpr, WINDOW_TOO: tl.constexpr,
 ):  # fmt: skip
-    """dq of a tile: its forced blocks, then its partials (gated already), added to what p_dq holds if ADD."""
+    """dq of a tile: its window if WINDOW_TOO, its forced blocks, then its partials (gated already), added to p_dq's if ADD."""
     BQ: tl.constexpr = M // RP
     i_b, i_g, t0 = unit_tile(UNIT0, UNITS_A_HEAD, CHUNK, G, BQ)
     if t0 < N:
@@ -351,33 +361,40 @@ def selected_gradient_finish(
         m_m = (o_row < N) & (o_r < R)
         o_t = tl.minimum(o_row, N - 1)
         b_acc = tl.zeros([M, DK], tl.float32)
-        if NUM_INIT + NUM_LOCAL > 0:
+        if WINDOW_TOO or NUM_INIT + NUM_LOCAL > 0:
             b_q = load_tile(p_q, row_offsets(i_b, i_g, o_t, o_r, stride_qb, stride_qh, stride_qt, R), m_m, D, DK)
             b_do = load_tile(p_do, row_offsets(i_b, i_g, o_t, o_r, stride_ob, stride_oh, stride_ot, R), m_m, E, DV)
             o_head = (i_b.to(tl.int64) * N + o_t) * (G * R) + i_g * R + o_r
+        if WINDOW_TOO:
+            b_lse = tl.load(p_win_lse + o_head, mask=m_m, other=float("inf"))
+            b_delta = tl.load(p_win_delta + o_head, mask=m_m, other=0.0)
+            b_gate = tl.load(p_win_gate + o_head, mask=m_m, other=0.0)
+            b_acc = gradient_range(
+                b_acc, b_q, b_do, b_lse, b_delta, b_gate, d_k_win, d_v_win, p_start, i_b, i_g, t0, t1, o_t, scale, WIN, DK,
+                DV, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED, BN, PRECISION, GATED,
+            )  # fmt: skip
+        if NUM_INIT + NUM_LOCAL > 0:
             b_lse = tl.load(p_lse + o_head, mask=m_m, other=float("inf"))
             b_delta = tl.load(p_delta + o_head, mask=m_m, other=0.0)
+            b_gate = b_delta
+            if GATED:
+                b_gate = tl.load(p_gate + o_head, mask=m_m, other=0.0)
             if NUM_INIT > 0:
-                b_acc = gradient_forced(
-                    b_acc, b_q, b_do, b_lse, b_delta, d_k, d_v, p_start, i_b, i_g, t0, t1, o_t, scale, INIT, DK, DV, BLOCK,
-                    NUM_INIT, NUM_LOCAL, PACKED, BN, PRECISION,
+                b_acc = gradient_range(
+                    b_acc, b_q, b_do, b_lse, b_delta, b_gate, d_k, d_v, p_start, i_b, i_g, t0, t1, o_t, scale, INIT, DK, DV,
+                    BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED, BN, PRECISION, GATED,
                 )  # fmt: skip
             if NUM_LOCAL > 0:
-                b_acc = gradient_forced(
-                    b_acc, b_q, b_do, b_lse, b_delta, d_k, d_v, p_start, i_b, i_g, t0, t1, o_t, scale, LOCAL, DK, DV, BLOCK,
-                    NUM_INIT, NUM_LOCAL, PACKED, BN, PRECISION,
+                b_acc = gradient_range(
+                    b_acc, b_q, b_do, b_lse, b_delta, b_gate, d_k, d_v, p_start, i_b, i_g, t0, t1, o_t, scale, LOCAL, DK, DV,
+                    BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED, BN, PRECISION, GATED,
                 )  # fmt: skip
-            if GATED:
-                b_acc *= tl.load(p_gate + o_head, mask=m_m, other=0.0)[:, None]
         if FREE > 0:
-            o_d = tl.arange(0, DK)
             o_row = (i_b * G + i_g).to(tl.int64) * N + o_t
-            o_part = (o_row - ROW0) * (FREE * R) + o_r
-            for f in tl.range(0, most_places(t1, p_start, BLOCK, FREE, NUM_INIT, NUM_LOCAL, PACKED), num_stages=STAGES):
-                m_f = m_m & place_is_full(f, o_t, o_row, p_indices, p_start, BLOCK, NUM, FREE, NUM_INIT, NUM_LOCAL, PACKED)
-                b_part = tl.load(p_part_dq + (o_part + f * R)[:, None] * D + o_d[None, :],
-                                 mask=m_f[:, None] & (o_d < D)[None, :], other=0.0, eviction_policy="evict_first")  # fmt: skip
-                b_acc += b_part.to(tl.float32)
+            o_part = (o_row - ROW0) * (FREE * SUB * R) + o_r
+            for f in tl.range(0, most_places(t1, BLOCK, FREE, NUM_INIT, NUM_LOCAL, PACKED) * SUB, num_stages=STAGES):
+                m_f = m_m & place_is_full(f // SUB, o_t, o_row, p_indices, p_start, BLOCK, NUM, FREE, NUM_INIT, NUM_LOCAL, PACKED)
+                b_acc += load_tile(p_part_dq, (o_part + f * R) * D, m_f, D, DK, "evict_first").to(tl.float32)
         b_acc *= dq_scale
         o_dq = row_offsets(i_b, i_g, o_t, o_r, stride_db, stride_dh, stride_dt, R)
         if ADD:

@@ -17,7 +17,8 @@ from nsa_cli.ops.triton.attend import CMP, key_bounds
 
 @triton.jit
 def block_importance(
-    d_q, p_k, p_lse, p_scores, p_start, p_base, p_sel_base, p_sel_first, p_sel_last, T0, T1, N, KEYS, BLOCKS, GRID, scale,
+    d_q, p_k, p_lse, p_scores, p_start, p_base, p_sel_base, p_sel_first, p_sel_last, T0, T1, N, KEYS, BLOCKS, GRID, KEY_TILES,
+    scale,
     stride_kb, stride_kg, stride_ks, G: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DK: tl.constexpr,
     LENGTH: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, PACKED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
@@ -31,12 +32,11 @@ def block_importance(
     RATIO: tl.constexpr = BLOCK // STRIDE
     REACH: tl.constexpr = LENGTH // STRIDE - 1
     TILE: tl.constexpr = BN // STEP
-    i = tl.program_id(0)
-    i_bg = i % GRID
+    # Neighbouring programs have the same queries, a group's worth of which is the larger part of what is read.
+    i_bg = tl.program_id(0) // KEY_TILES % GRID
     i_b, i_g = i_bg // G, i_bg % G
-    tiles = tl.cdiv(T1 - T0, BM)
-    t0 = T0 + (tiles - 1 - i // GRID % tiles) * BM
-    j0 = i // GRID // tiles * (TILE - 1) - 1  # the left neighbour of the first block that is written
+    t0 = T0 + (tl.cdiv(T1 - T0, BM) - 1 - tl.program_id(0) // KEY_TILES // GRID) * BM
+    j0 = tl.program_id(0) % KEY_TILES * (TILE - 1) - 1  # the left neighbour of the first block that is written
     t1 = tl.minimum(t0 + BM, T1) - 1
     from_block, to_block = 0, t1 // BLOCK + 1
     if PACKED:

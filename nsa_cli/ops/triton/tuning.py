@@ -54,7 +54,7 @@ TABLE: dict[str, dict[str, Tile]] = {
         "window_dq/256": Tile(64, 64, 4, 3),
         "window_dkv/256": Tile(64, 64, 4, 2),
         "forced_dkv/256": Tile(64, 64, 4, 2),
-        "selected_parts/256": Tile(64, 64, 4, 1),
+        "selected_parts/256": Tile(64, 64, 4, 1, 128),
         "selected_finish/256": Tile(64, 64, 4, 4),
         "selected_gradient_parts/256": Tile(64, 64, 4, 2),
         "selected_gradient_finish/256": Tile(64, 64, 4, 5),
@@ -66,7 +66,7 @@ TABLE: dict[str, dict[str, Tile]] = {
 def default(kernel: str, row_bytes: int, dtype: torch.dtype) -> Tile:
     """A configuration that fits: small tiles for wide rows, and for float32, whose exact products run on the plain units."""
     if dtype == torch.float32:
-        tile = Tile(64, 32 if row_bytes > 256 else 64, 8 if row_bytes > 256 else 4, 1)
+        tile = Tile(32 if row_bytes > 512 else 64, 32 if row_bytes > 256 else 64, 8 if row_bytes > 256 else 4, 1)
         if kernel == "importance":
             return replace(tile, keys=64)
         return tile
