@@ -50,14 +50,14 @@ def tile_mask(m_row, D: tl.constexpr, DP: tl.constexpr):
 
 
 @triton.jit
-def load_tile(p_x, o_row, m_row, D: tl.constexpr, DP: tl.constexpr, EVICT: tl.constexpr = ""):
+def load_tile(p_x, o_row, m_row, D: tl.constexpr, DP: tl.constexpr, EVICT: tl.constexpr):
     """[M, DP] from rows that begin at o_row; zeros beyond."""
     p_tile = p_x + o_row[:, None] + tl.arange(0, DP)[None, :]
     return tl.load(p_tile, mask=tile_mask(m_row, D, DP), other=0.0, eviction_policy=EVICT)
 
 
 @triton.jit
-def store_tile(p_x, b_x, o_row, m_row, D: tl.constexpr, DP: tl.constexpr, EVICT: tl.constexpr = ""):
+def store_tile(p_x, b_x, o_row, m_row, D: tl.constexpr, DP: tl.constexpr, EVICT: tl.constexpr):
     """The opposite of `load_tile`, in p_x's dtype."""
     p_tile = p_x + o_row[:, None] + tl.arange(0, DP)[None, :]
     tl.store(p_tile, b_x.to(p_x.dtype.element_ty), mask=tile_mask(m_row, D, DP), eviction_policy=EVICT)
@@ -79,7 +79,7 @@ def load_queries(x, i_b, i_u, t0, o_row, m_row, RP: tl.constexpr, M: tl.constexp
     if RP == 1:
         b_x = x.load([i_b, i_u, t0, 0]).reshape(M, DP)
     else:
-        b_x = load_tile(x, o_row, m_row, D, DP)
+        b_x = load_tile(x, o_row, m_row, D, DP, "")
     return b_x
 
 
@@ -89,7 +89,7 @@ def store_queries(x, b_x, i_b, i_u, t0, o_row, m_row, RP: tl.constexpr, M: tl.co
     if RP == 1:
         x.store([i_b, i_u, t0, 0], b_x.to(x.dtype).reshape(1, 1, M, DP))
     else:
-        store_tile(x, b_x, o_row, m_row, D, DP)
+        store_tile(x, b_x, o_row, m_row, D, DP, "")
 
 
 @triton.jit

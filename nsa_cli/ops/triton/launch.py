@@ -7,6 +7,7 @@ Nothing here knows autograd; `operators.py` registers what stands here. Every te
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -19,14 +20,14 @@ from nsa_cli.ops.triton.problem import Problem, group_rows, head_rows
 
 SCORE_ELEMENTS = 2**26
 """Float32 block scores alive at a time (256 MiB): importance and selection run in chunks of queries."""
-PART_BYTES = {"forward": 3 * 2**29, "backward": 2**30}
+PART_BYTES = {"forward": 3 * 2**30, "backward": 2**30}
 """Bytes of partial outputs, or query gradients, alive at a time in the selected branch."""
 UNIT_TOKENS = {"forward": 4096, "backward": 16384}
 """Query tokens a unit of the inverted index. Forward: what its items gather stays in a 50 MB cache. Backward: items are long,
 since each writes dk and dv of its block."""
 MOST_ROWS = 128
 """Of a tile, for a group of at most as many heads."""
-ITEM = {"forward": 256, "backward": 1024}
+ITEM = {"forward": 64, "backward": 128}
 """Queries an item of the inverted index, at most."""
 KEY_STAGES = {"num_stages": 2}
 """Of the finishing kernels' loops over forced keys; their tile's stages are those of the loop over partials."""
@@ -38,6 +39,12 @@ DKV_PROGRAMS = 2048
 
 def _tile(kernel: str, p: Problem) -> tuning.Tile:
     return tuning.tile(kernel, width=max(p.dk, p.dv), group=p.r, dtype=p.dtype, device=p.device)
+
+
+@cache
+def cores(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _rows(tile: tuning.Tile, p: Problem) -> int:
@@ -208,8 +215,9 @@ def selected_forward(
         grid = ((unit1 - unit0) * triton.cdiv(s.chunk, m // p.rp),)
         selected.selected_finish[grid](
             q, d_k, d_v, d_k_win, d_v_win, out, all_of.total, all_of.o_cmp, all_of.o_win, all_of.gates, indices, part_o,
-            part_lse, lse, all_of.lse_win, p.table("start"), unit0, row0, p.n, s.a_head, s.chunk, p.scale_log2, *_at(q),
-            *_at(out), *all_of.gates.stride(), G=p.g, R=p.r, RP=p.rp, D=p.d, E=p.e, DK=p.dk, DV=p.dv, PLACES=s.places,
+            part_lse, lse, all_of.lse_win, p.table("start"), unit0, row0, p.n, s.a_head, s.chunk, cores(p.device),
+            p.scale_log2, *_at(q), *_at(out), *all_of.gates.stride(), G=p.g, R=p.r, RP=p.rp, D=p.d, E=p.e, DK=p.dk, DV=p.dv,
+            PLACES=s.places,
             **s.constants(), M=m, BN=finish.keys, STAGES=finish.stages, PRECISION=p.precision, COMBINE=rest is not None,
             **(finish.options() | KEY_STAGES),
         )  # fmt: skip
@@ -329,7 +337,8 @@ def selected_backward(
             )  # fmt: skip
         selected.selected_gradient_finish[((unit1 - unit0) * triton.cdiv(s.chunk, m // p.rp),)](
             q, do, d_k, d_v, d_k_win, d_v_win, dq, part_dq, lse, delta, gate, *win_rows, indices, p.table("start"), unit0,
-            row0, p.n, s.a_head, s.chunk, p.scale_log2, p.scale, *_at(q), *_at(do), *_at(dq), G=p.g, R=p.r, RP=p.rp, D=p.d,
+            row0, p.n, s.a_head, s.chunk, cores(p.device), p.scale_log2, p.scale, *_at(q), *_at(do), *_at(dq), G=p.g, R=p.r,
+            RP=p.rp, D=p.d,
             E=p.e, DK=p.dk, DV=p.dv, **s.constants(), M=m, BN=finish.keys, STAGES=finish.stages, PRECISION=p.precision,
             ADD=add, GATED=gate is not None, WINDOW_TOO=window is not None, **(finish.options() | KEY_STAGES),
         )  # fmt: skip

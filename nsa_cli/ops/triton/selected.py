@@ -141,20 +141,89 @@ def attend_range(
 
 
 @triton.jit
+def finish_window(
+    b_q, d_k, d_v, p_o, p_lse, p_start, i_b, i_g, t0, t1, o_t, o_out, o_lse, m_m, scale, E: tl.constexpr, DK: tl.constexpr,
+    DV: tl.constexpr, BLOCK: tl.constexpr, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr, WINDOW: tl.constexpr,
+    PACKED: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile's window branch."""
+    b_max = tl.full([M], -1e30, tl.float32)
+    b_sum = tl.zeros([M], tl.float32)
+    b_acc = tl.zeros([M, DV], tl.float32)
+    b_acc, b_max, b_sum = attend_range(
+        b_q, b_acc, b_max, b_sum, d_k, d_v, p_start, i_b, i_g, t0, t1, o_t, scale, WIN, DK, DV, BLOCK, NUM_INIT, NUM_LOCAL,
+        WINDOW, PACKED, BN, PRECISION,
+    )  # fmt: skip
+    store_tile(p_o, b_acc / b_sum[:, None], o_out, m_m, E, DV, "")  # a query sees itself: b_sum > 0
+    tl.store(p_lse + o_lse, b_max + tl.log2(b_sum), mask=m_m)
+
+
+@triton.jit
+def finish_selected(
+    b_q, d_k, d_v, p_out, p_lse, p_indices, p_o, p_part_lse, p_start, i_b, i_g, t0, t1, o_t, o_row, o_r, o_out, o_lse, m_m,
+    ROW0, scale, R: tl.constexpr, E: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr,
+    NUM: tl.constexpr, FREE: tl.constexpr, SUB: tl.constexpr, PLACES: tl.constexpr, NUM_INIT: tl.constexpr,
+    NUM_LOCAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile's selected branch: its forced blocks, then its partials in the order of their places."""
+    b_max = tl.full([M], -1e30, tl.float32)
+    b_sum = tl.zeros([M], tl.float32)
+    b_acc = tl.zeros([M, DV], tl.float32)
+    if NUM_INIT > 0:
+        b_acc, b_max, b_sum = attend_range(
+            b_q, b_acc, b_max, b_sum, d_k, d_v, p_start, i_b, i_g, t0, t1, o_t, scale, INIT, DK, DV, BLOCK, NUM_INIT,
+            NUM_LOCAL, WINDOW, PACKED, BN, PRECISION,
+        )  # fmt: skip
+    if NUM_LOCAL > 0:
+        b_acc, b_max, b_sum = attend_range(
+            b_q, b_acc, b_max, b_sum, d_k, d_v, p_start, i_b, i_g, t0, t1, o_t, scale, LOCAL, DK, DV, BLOCK, NUM_INIT,
+            NUM_LOCAL, WINDOW, PACKED, BN, PRECISION,
+        )  # fmt: skip
+    if FREE > 0:
+        o_part = (o_row - ROW0) * (FREE * SUB * R) + o_r
+        o_f = tl.arange(0, PLACES)[None, :]
+        full = place_is_full(
+            o_f // SUB, o_t[:, None], o_row[:, None], p_indices, p_start, BLOCK, NUM, FREE, NUM_INIT, NUM_LOCAL, PACKED
+        )
+        b_lse = tl.load(p_part_lse + o_part[:, None] + o_f * R, mask=full & m_m[:, None], other=float("-inf"))
+        b_new = tl.maximum(b_max, tl.max(b_lse, 1))
+        b_scale = tl.exp2(b_max - b_new)
+        b_max = b_new
+        b_sum = b_sum * b_scale + tl.sum(tl.exp2(b_lse - b_max[:, None]), 1)
+        b_acc = b_acc * b_scale[:, None]
+        for f in tl.range(0, most_places(t1, BLOCK, FREE, NUM_INIT, NUM_LOCAL, PACKED) * SUB, num_stages=STAGES):
+            m_f = m_m & place_is_full(f // SUB, o_t, o_row, p_indices, p_start, BLOCK, NUM, FREE, NUM_INIT, NUM_LOCAL, PACKED)
+            b_p = tl.exp2(tl.load(p_part_lse + o_part + f * R, mask=m_f, other=float("-inf")) - b_max)
+            b_o = load_tile(p_o, (o_part + f * R) * E, m_f, E, DV, "evict_first")
+            b_acc += b_p[:, None] * b_o.to(tl.float32)
+    seen = b_sum > 0.0
+    b_one = tl.where(seen, b_sum, 1.0)
+    tl.store(p_lse + o_lse, tl.where(seen, b_max + tl.log2(b_one), float("inf")), mask=m_m)
+    store_tile(p_out, b_acc / b_one[:, None], o_out, m_m, E, DV, "")
+
+
+@triton.jit
+def window_first(CORES):
+    """Whether this program does its window before its partials: neighbours on a core should do different things at a time."""
+    return (tl.program_id(0) + tl.program_id(0) // CORES) % 2 == 0
+
+
+@triton.jit
 def selected_finish(
     p_q, d_k, d_v, d_k_win, d_v_win, p_out, p_total, p_cmp, p_win, p_gates, p_indices, p_o, p_part_lse, p_lse, p_win_lse,
-    p_start, UNIT0, ROW0, N,
-    UNITS_A_HEAD, CHUNK, scale, stride_qb, stride_qh, stride_qt, stride_ob, stride_oh, stride_ot, stride_gb, stride_gh,
-    stride_gt, stride_gr,
+    p_start, UNIT0, ROW0, N, UNITS_A_HEAD, CHUNK, CORES, scale, stride_qb, stride_qh, stride_qt, stride_ob, stride_oh,
+    stride_ot, stride_gb, stride_gh, stride_gt, stride_gr,
     G: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, E: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    BLOCK: tl.constexpr, NUM: tl.constexpr, FREE: tl.constexpr, SUB: tl.constexpr, PLACES: tl.constexpr, NUM_INIT: tl.constexpr,
-    NUM_LOCAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr, COMBINE: tl.constexpr,
+    BLOCK: tl.constexpr, NUM: tl.constexpr, FREE: tl.constexpr, SUB: tl.constexpr, PLACES: tl.constexpr,
+    NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, M: tl.constexpr,
+    BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, COMBINE: tl.constexpr,
 ):  # fmt: skip
-    """o of a tile: its forced blocks, then its partials.
+    """o of a tile from its forced blocks and its partials.
 
-    With COMBINE also the window branch before it, o_win, and total = g_cmp o_cmp + g_slc o + g_win o_win after it: one
-    program's products fill the time in which another waits for its partials. All four outputs have the same strides.
+    With COMBINE also the window branch, o_win, and total = g_cmp o_cmp + g_slc o + g_win o_win. Every other program takes its
+    window first, so that the products of one fill the time in which the other waits for its partials. All four outputs
+    have the same strides.
     """
     BQ: tl.constexpr = M // RP
     i_b, i_g, t0 = unit_tile(UNIT0, UNITS_A_HEAD, CHUNK, G, BQ)
@@ -166,63 +235,44 @@ def selected_finish(
         o_t = tl.minimum(o_row, N - 1)
         o_lse = (i_b.to(tl.int64) * N + o_t) * (G * R) + i_g * R + o_r
         o_out = row_offsets(i_b, i_g, o_t, o_r, stride_ob, stride_oh, stride_ot, R)
-        if COMBINE or NUM_INIT + NUM_LOCAL > 0:
-            b_q = load_tile(p_q, row_offsets(i_b, i_g, o_t, o_r, stride_qb, stride_qh, stride_qt, R), m_m, D, DK)
-        if COMBINE:
-            b_max = tl.full([M], -1e30, tl.float32)
-            b_sum = tl.zeros([M], tl.float32)
-            b_acc = tl.zeros([M, DV], tl.float32)
-            b_acc, b_max, b_sum = attend_range(
-                b_q, b_acc, b_max, b_sum, d_k_win, d_v_win, p_start, i_b, i_g, t0, t1, o_t, scale, WIN, DK, DV, BLOCK,
-                NUM_INIT, NUM_LOCAL, WINDOW, PACKED, BN, PRECISION,
-            )  # fmt: skip
-            store_tile(p_win, b_acc / b_sum[:, None], o_out, m_m, E, DV)  # a query sees itself: b_sum > 0
-            tl.store(p_win_lse + o_lse, b_max + tl.log2(b_sum), mask=m_m)
-        b_max = tl.full([M], -1e30, tl.float32)
-        b_sum = tl.zeros([M], tl.float32)
-        b_acc = tl.zeros([M, DV], tl.float32)
-        if NUM_INIT > 0:
-            b_acc, b_max, b_sum = attend_range(
-                b_q, b_acc, b_max, b_sum, d_k, d_v, p_start, i_b, i_g, t0, t1, o_t, scale, INIT, DK, DV, BLOCK, NUM_INIT,
-                NUM_LOCAL, WINDOW, PACKED, BN, PRECISION,
-            )  # fmt: skip
-        if NUM_LOCAL > 0:
-            b_acc, b_max, b_sum = attend_range(
-                b_q, b_acc, b_max, b_sum, d_k, d_v, p_start, i_b, i_g, t0, t1, o_t, scale, LOCAL, DK, DV, BLOCK, NUM_INIT,
-                NUM_LOCAL, WINDOW, PACKED, BN, PRECISION,
-            )  # fmt: skip
         o_row = (i_b * G + i_g).to(tl.int64) * N + o_t
-        if FREE > 0:
-            o_part = (o_row - ROW0) * (FREE * SUB * R) + o_r
-            o_f = tl.arange(0, PLACES)[None, :]
-            full = place_is_full(
-                o_f // SUB, o_t[:, None], o_row[:, None], p_indices, p_start, BLOCK, NUM, FREE, NUM_INIT, NUM_LOCAL, PACKED
-            )
-            b_lse = tl.load(p_part_lse + o_part[:, None] + o_f * R, mask=full & m_m[:, None], other=float("-inf"))
-            b_new = tl.maximum(b_max, tl.max(b_lse, 1))
-            b_scale = tl.exp2(b_max - b_new)
-            b_max = b_new
-            b_sum = b_sum * b_scale + tl.sum(tl.exp2(b_lse - b_max[:, None]), 1)
-            b_acc = b_acc * b_scale[:, None]
-            for f in tl.range(0, most_places(t1, BLOCK, FREE, NUM_INIT, NUM_LOCAL, PACKED) * SUB, num_stages=STAGES):
-                m_f = m_m & place_is_full(f // SUB, o_t, o_row, p_indices, p_start, BLOCK, NUM, FREE, NUM_INIT, NUM_LOCAL, PACKED)
-                b_p = tl.exp2(tl.load(p_part_lse + o_part + f * R, mask=m_f, other=float("-inf")) - b_max)
-                b_o = load_tile(p_o, (o_part + f * R) * E, m_f, E, DV, "evict_first")
-                b_acc += b_p[:, None] * b_o.to(tl.float32)
-        seen = b_sum > 0.0
-        b_one = tl.where(seen, b_sum, 1.0)
-        b_acc = b_acc / b_one[:, None]
-        tl.store(p_lse + o_lse, tl.where(seen, b_max + tl.log2(b_one), float("inf")), mask=m_m)
-        store_tile(p_out, b_acc, o_out, m_m, E, DV)
-        if COMBINE:
-            tl.debug_barrier()  # o_win was written by this program's threads, perhaps not by those that read it
+        b_q = load_tile(p_q, row_offsets(i_b, i_g, o_t, o_r, stride_qb, stride_qh, stride_qt, R), m_m, D, DK, "")
+        if not COMBINE:
+            finish_selected(
+                b_q, d_k, d_v, p_out, p_lse, p_indices, p_o, p_part_lse, p_start, i_b, i_g, t0, t1, o_t, o_row, o_r, o_out,
+                o_lse, m_m, ROW0, scale, R, E, DK, DV, BLOCK, NUM, FREE, SUB, PLACES, NUM_INIT, NUM_LOCAL, WINDOW, PACKED, M,
+                BN, STAGES, PRECISION,
+            )  # fmt: skip
+        else:
+            if window_first(CORES):
+                finish_window(
+                    b_q, d_k_win, d_v_win, p_win, p_win_lse, p_start, i_b, i_g, t0, t1, o_t, o_out, o_lse, m_m, scale, E, DK,
+                    DV, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED, M, BN, PRECISION,
+                )  # fmt: skip
+                finish_selected(
+                    b_q, d_k, d_v, p_out, p_lse, p_indices, p_o, p_part_lse, p_start, i_b, i_g, t0, t1, o_t, o_row, o_r, o_out,
+                    o_lse, m_m, ROW0, scale, R, E, DK, DV, BLOCK, NUM, FREE, SUB, PLACES, NUM_INIT, NUM_LOCAL, WINDOW, PACKED,
+                    M, BN, STAGES, PRECISION,
+                )  # fmt: skip
+            else:
+                finish_selected(
+                    b_q, d_k, d_v, p_out, p_lse, p_indices, p_o, p_part_lse, p_start, i_b, i_g, t0, t1, o_t, o_row, o_r, o_out,
+                    o_lse, m_m, ROW0, scale, R, E, DK, DV, BLOCK, NUM, FREE, SUB, PLACES, NUM_INIT, NUM_LOCAL, WINDOW, PACKED,
+                    M, BN, STAGES, PRECISION,
+                )  # fmt: skip
+                finish_window(
+                    b_q, d_k_win, d_v_win, p_win, p_win_lse, p_start, i_b, i_g, t0, t1, o_t, o_out, o_lse, m_m, scale, E, DK,
+                    DV, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED, M, BN, PRECISION,
+                )  # fmt: skip
+            tl.debug_barrier()  # what this program's threads wrote may be read by others of them
             o_gate = i_b.to(tl.int64) * stride_gb + (i_g * R + o_r).to(tl.int64) * stride_gh + o_t.to(tl.int64) * stride_gt
-            b_acc *= tl.load(p_gates + o_gate + stride_gr, mask=m_m, other=0.0).to(tl.float32)[:, None]
             b_gate = tl.load(p_gates + o_gate, mask=m_m, other=0.0).to(tl.float32)
-            b_acc += b_gate[:, None] * load_tile(p_cmp, o_out, m_m, E, DV).to(tl.float32)
+            b_acc = b_gate[:, None] * load_tile(p_cmp, o_out, m_m, E, DV, "").to(tl.float32)
+            b_gate = tl.load(p_gates + o_gate + stride_gr, mask=m_m, other=0.0).to(tl.float32)
+            b_acc += b_gate[:, None] * load_tile(p_out, o_out, m_m, E, DV, "").to(tl.float32)
             b_gate = tl.load(p_gates + o_gate + 2 * stride_gr, mask=m_m, other=0.0).to(tl.float32)
-            b_acc += b_gate[:, None] * load_tile(p_win, o_out, m_m, E, DV).to(tl.float32)
-            store_tile(p_total, b_acc, o_out, m_m, E, DV)
+            b_acc += b_gate[:, None] * load_tile(p_win, o_out, m_m, E, DV, "").to(tl.float32)
+            store_tile(p_total, b_acc, o_out, m_m, E, DV, "")
 
 
 @triton.jit
@@ -254,8 +304,8 @@ def selected_gradient_parts(
         m_s = (o_i < BLOCK) & (o_s < end)
         o_k = i_b * stride_kb + i_g * stride_kg + o_s * stride_kt
         o_v = i_b * stride_vb + i_g * stride_vg + o_s * stride_vt
-        b_k = load_tile(p_k, o_k, m_s, D, DK)
-        b_v = load_tile(p_v, o_v, m_s, E, DV)
+        b_k = load_tile(p_k, o_k, m_s, D, DK, "")
+        b_v = load_tile(p_v, o_v, m_s, E, DV, "")
         b_dk = tl.zeros([BS, DK], tl.float32)
         b_dv = tl.zeros([BS, DV], tl.float32)
         o_m = tl.arange(0, M)
@@ -268,8 +318,8 @@ def selected_gradient_parts(
             o_t = b_entry // FREE - i_bg * N
             o_q = i_b * stride_qb + o_head.to(tl.int64) * stride_qh + o_t.to(tl.int64) * stride_qt
             o_o = i_b * stride_ob + o_head.to(tl.int64) * stride_oh + o_t.to(tl.int64) * stride_ot
-            b_q = load_tile(p_q, o_q, m_m, D, DK)
-            b_do = load_tile(p_do, o_o, m_m, E, DV)
+            b_q = load_tile(p_q, o_q, m_m, D, DK, "")
+            b_do = load_tile(p_do, o_o, m_m, E, DV, "")
             o_row = (i_b * N + o_t) * (G * R) + o_head
             b_lse = tl.load(p_lse + o_row, mask=m_m, other=float("inf"))
             b_delta = tl.load(p_delta + o_row, mask=m_m, other=0.0)
@@ -286,10 +336,10 @@ def selected_gradient_parts(
             b_dk = tl.dot(tl.trans(b_ds), b_q, b_dk, input_precision=PRECISION)
             o_part = ((b_entry.to(tl.int64) - ROW0 * FREE) * SUB + i_sub) * R + o_r
             b_dq = tl.dot(b_ds, b_k, input_precision=PRECISION)
-            store_tile(p_dq, b_dq, o_part * D, m_m, D, DK)
+            store_tile(p_dq, b_dq, o_part * D, m_m, D, DK, "")
         o_w = i_item.to(tl.int64) * BLOCK + o_i
-        store_tile(p_dk, b_dk * dk_scale, o_w * D, o_i < BLOCK, D, DK)
-        store_tile(p_dv, b_dv, o_w * E, o_i < BLOCK, E, DV)
+        store_tile(p_dk, b_dk * dk_scale, o_w * D, o_i < BLOCK, D, DK, "")
+        store_tile(p_dv, b_dv, o_w * E, o_i < BLOCK, E, DV, "")
 
 
 @triton.jit
@@ -341,17 +391,68 @@ def gradient_range(
 
 
 @triton.jit
+def gradient_window(
+    b_acc, b_q, b_do, d_k, d_v, p_lse, p_delta, p_gate, p_start, i_b, i_g, t0, t1, o_t, o_head, m_m, scale,
+    DK: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr,
+    WINDOW: tl.constexpr, PACKED: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """b_acc plus dq, unscaled, of a tile's window."""
+    b_lse = tl.load(p_lse + o_head, mask=m_m, other=float("inf"))
+    b_delta = tl.load(p_delta + o_head, mask=m_m, other=0.0)
+    b_gate = tl.load(p_gate + o_head, mask=m_m, other=0.0)
+    return gradient_range(
+        b_acc, b_q, b_do, b_lse, b_delta, b_gate, d_k, d_v, p_start, i_b, i_g, t0, t1, o_t, scale, WIN, DK, DV, BLOCK,
+        NUM_INIT, NUM_LOCAL, WINDOW, PACKED, BN, PRECISION, GATED,
+    )  # fmt: skip
+
+
+@triton.jit
+def gradient_selected(
+    b_acc, b_q, b_do, d_k, d_v, p_dq, p_lse, p_delta, p_gate, p_indices, p_start, i_b, i_g, t0, t1, o_t, o_row, o_r, o_head,
+    m_m, ROW0, scale, R: tl.constexpr, D: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr,
+    NUM: tl.constexpr, FREE: tl.constexpr, SUB: tl.constexpr, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr,
+    WINDOW: tl.constexpr, PACKED: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    GATED: tl.constexpr,
+):  # fmt: skip
+    """b_acc plus dq, unscaled, of a tile's forced blocks and of its partials, which are gated already."""
+    if NUM_INIT + NUM_LOCAL > 0:
+        b_lse = tl.load(p_lse + o_head, mask=m_m, other=float("inf"))
+        b_delta = tl.load(p_delta + o_head, mask=m_m, other=0.0)
+        b_gate = b_delta
+        if GATED:
+            b_gate = tl.load(p_gate + o_head, mask=m_m, other=0.0)
+        if NUM_INIT > 0:
+            b_acc = gradient_range(
+                b_acc, b_q, b_do, b_lse, b_delta, b_gate, d_k, d_v, p_start, i_b, i_g, t0, t1, o_t, scale, INIT, DK, DV,
+                BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED, BN, PRECISION, GATED,
+            )  # fmt: skip
+        if NUM_LOCAL > 0:
+            b_acc = gradient_range(
+                b_acc, b_q, b_do, b_lse, b_delta, b_gate, d_k, d_v, p_start, i_b, i_g, t0, t1, o_t, scale, LOCAL, DK, DV,
+                BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED, BN, PRECISION, GATED,
+            )  # fmt: skip
+    if FREE > 0:
+        o_part = (o_row - ROW0) * (FREE * SUB * R) + o_r
+        for f in tl.range(0, most_places(t1, BLOCK, FREE, NUM_INIT, NUM_LOCAL, PACKED) * SUB, num_stages=STAGES):
+            m_f = m_m & place_is_full(f // SUB, o_t, o_row, p_indices, p_start, BLOCK, NUM, FREE, NUM_INIT, NUM_LOCAL, PACKED)
+            b_acc += load_tile(p_dq, (o_part + f * R) * D, m_f, D, DK, "evict_first").to(tl.float32)
+    return b_acc
+
+
+@triton.jit
 def selected_gradient_finish(
     p_q, p_do, d_k, d_v, d_k_win, d_v_win, p_dq, p_part_dq, p_lse, p_delta, p_gate, p_win_lse, p_win_delta, p_win_gate,
-    p_indices, p_start, UNIT0, ROW0, N, UNITS_A_HEAD, CHUNK, scale, dq_scale, stride_qb, stride_qh, stride_qt, stride_ob,
-    stride_oh, stride_ot, stride_db, stride_dh, stride_dt,
+    p_indices, p_start, UNIT0, ROW0, N, UNITS_A_HEAD, CHUNK, CORES, scale, dq_scale, stride_qb, stride_qh, stride_qt,
+    stride_ob, stride_oh, stride_ot, stride_db, stride_dh, stride_dt,
     G: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, E: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BLOCK: tl.constexpr, NUM: tl.constexpr, FREE: tl.constexpr, SUB: tl.constexpr, NUM_INIT: tl.constexpr,
-    NUM_LOCAL: tl.constexpr,
-    WINDOW: tl.constexpr, PACKED: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr, ADD: tl.constexpr, GATED: tl.constexpr, WINDOW_TOO: tl.constexpr,
+    NUM_LOCAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, ADD: tl.constexpr, GATED: tl.constexpr, WINDOW_TOO: tl.constexpr,
 ):  # fmt: skip
-    """dq of a tile: its window if WINDOW_TOO, its forced blocks, then its partials (gated already), added to p_dq's if ADD."""
+    """dq of a tile of the selected branch, and of the window if WINDOW_TOO (in either order, as in `selected_finish`).
+
+    Added to what p_dq holds if ADD.
+    """
     BQ: tl.constexpr = M // RP
     i_b, i_g, t0 = unit_tile(UNIT0, UNITS_A_HEAD, CHUNK, G, BQ)
     if t0 < N:
@@ -360,43 +461,40 @@ def selected_gradient_finish(
         o_row, o_r = t0 + o_m // RP, o_m % RP
         m_m = (o_row < N) & (o_r < R)
         o_t = tl.minimum(o_row, N - 1)
+        o_row = (i_b * G + i_g).to(tl.int64) * N + o_t
+        o_head = (i_b.to(tl.int64) * N + o_t) * (G * R) + i_g * R + o_r
+        b_q = load_tile(p_q, row_offsets(i_b, i_g, o_t, o_r, stride_qb, stride_qh, stride_qt, R), m_m, D, DK, "")
+        b_do = load_tile(p_do, row_offsets(i_b, i_g, o_t, o_r, stride_ob, stride_oh, stride_ot, R), m_m, E, DV, "")
         b_acc = tl.zeros([M, DK], tl.float32)
-        if WINDOW_TOO or NUM_INIT + NUM_LOCAL > 0:
-            b_q = load_tile(p_q, row_offsets(i_b, i_g, o_t, o_r, stride_qb, stride_qh, stride_qt, R), m_m, D, DK)
-            b_do = load_tile(p_do, row_offsets(i_b, i_g, o_t, o_r, stride_ob, stride_oh, stride_ot, R), m_m, E, DV)
-            o_head = (i_b.to(tl.int64) * N + o_t) * (G * R) + i_g * R + o_r
-        if WINDOW_TOO:
-            b_lse = tl.load(p_win_lse + o_head, mask=m_m, other=float("inf"))
-            b_delta = tl.load(p_win_delta + o_head, mask=m_m, other=0.0)
-            b_gate = tl.load(p_win_gate + o_head, mask=m_m, other=0.0)
-            b_acc = gradient_range(
-                b_acc, b_q, b_do, b_lse, b_delta, b_gate, d_k_win, d_v_win, p_start, i_b, i_g, t0, t1, o_t, scale, WIN, DK,
-                DV, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED, BN, PRECISION, GATED,
+        if not WINDOW_TOO:
+            b_acc = gradient_selected(
+                b_acc, b_q, b_do, d_k, d_v, p_part_dq, p_lse, p_delta, p_gate, p_indices, p_start, i_b, i_g, t0, t1, o_t,
+                o_row, o_r, o_head, m_m, ROW0, scale, R, D, DK, DV, BLOCK, NUM, FREE, SUB, NUM_INIT, NUM_LOCAL, WINDOW,
+                PACKED, BN, STAGES, PRECISION, GATED,
             )  # fmt: skip
-        if NUM_INIT + NUM_LOCAL > 0:
-            b_lse = tl.load(p_lse + o_head, mask=m_m, other=float("inf"))
-            b_delta = tl.load(p_delta + o_head, mask=m_m, other=0.0)
-            b_gate = b_delta
-            if GATED:
-                b_gate = tl.load(p_gate + o_head, mask=m_m, other=0.0)
-            if NUM_INIT > 0:
-                b_acc = gradient_range(
-                    b_acc, b_q, b_do, b_lse, b_delta, b_gate, d_k, d_v, p_start, i_b, i_g, t0, t1, o_t, scale, INIT, DK, DV,
-                    BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED, BN, PRECISION, GATED,
+        else:
+            if window_first(CORES):
+                b_acc = gradient_window(
+                    b_acc, b_q, b_do, d_k_win, d_v_win, p_win_lse, p_win_delta, p_win_gate, p_start, i_b, i_g, t0, t1, o_t,
+                    o_head, m_m, scale, DK, DV, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED, BN, PRECISION, GATED,
                 )  # fmt: skip
-            if NUM_LOCAL > 0:
-                b_acc = gradient_range(
-                    b_acc, b_q, b_do, b_lse, b_delta, b_gate, d_k, d_v, p_start, i_b, i_g, t0, t1, o_t, scale, LOCAL, DK, DV,
-                    BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED, BN, PRECISION, GATED,
+                b_acc = gradient_selected(
+                    b_acc, b_q, b_do, d_k, d_v, p_part_dq, p_lse, p_delta, p_gate, p_indices, p_start, i_b, i_g, t0, t1, o_t,
+                    o_row, o_r, o_head, m_m, ROW0, scale, R, D, DK, DV, BLOCK, NUM, FREE, SUB, NUM_INIT, NUM_LOCAL, WINDOW,
+                    PACKED, BN, STAGES, PRECISION, GATED,
                 )  # fmt: skip
-        if FREE > 0:
-            o_row = (i_b * G + i_g).to(tl.int64) * N + o_t
-            o_part = (o_row - ROW0) * (FREE * SUB * R) + o_r
-            for f in tl.range(0, most_places(t1, BLOCK, FREE, NUM_INIT, NUM_LOCAL, PACKED) * SUB, num_stages=STAGES):
-                m_f = m_m & place_is_full(f // SUB, o_t, o_row, p_indices, p_start, BLOCK, NUM, FREE, NUM_INIT, NUM_LOCAL, PACKED)
-                b_acc += load_tile(p_part_dq, (o_part + f * R) * D, m_f, D, DK, "evict_first").to(tl.float32)
+            else:
+                b_acc = gradient_selected(
+                    b_acc, b_q, b_do, d_k, d_v, p_part_dq, p_lse, p_delta, p_gate, p_indices, p_start, i_b, i_g, t0, t1, o_t,
+                    o_row, o_r, o_head, m_m, ROW0, scale, R, D, DK, DV, BLOCK, NUM, FREE, SUB, NUM_INIT, NUM_LOCAL, WINDOW,
+                    PACKED, BN, STAGES, PRECISION, GATED,
+                )  # fmt: skip
+                b_acc = gradient_window(
+                    b_acc, b_q, b_do, d_k_win, d_v_win, p_win_lse, p_win_delta, p_win_gate, p_start, i_b, i_g, t0, t1, o_t,
+                    o_head, m_m, scale, DK, DV, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED, BN, PRECISION, GATED,
+                )  # fmt: skip
         b_acc *= dq_scale
         o_dq = row_offsets(i_b, i_g, o_t, o_r, stride_db, stride_dh, stride_dt, R)
         if ADD:
-            b_acc += load_tile(p_dq, o_dq, m_m, D, DK).to(tl.float32)
-        store_tile(p_dq, b_acc, o_dq, m_m, D, DK)
+            b_acc += load_tile(p_dq, o_dq, m_m, D, DK, "").to(tl.float32)
+        store_tile(p_dq, b_acc, o_dq, m_m, D, DK, "")
