@@ -16,7 +16,7 @@ from nsa_cli.benchmark.regression import check_comparable, compare_reports
 from nsa_cli.benchmark.report import BenchReport, find_crossovers, load_report, parity_gate
 from nsa_cli.benchmark.runner import Runner
 from nsa_cli.benchmark.timing import Deadline, make_clock
-from nsa_cli.ops.dispatch import resolve_kernel
+from nsa_cli.ops.dispatch import kernel_refusal, resolve_kernel
 
 
 def run_bench(options: BenchOptions, device: torch.device, *, progress: Callable[[str], None] = lambda text: None) -> BenchReport:
@@ -29,6 +29,12 @@ def run_bench(options: BenchOptions, device: torch.device, *, progress: Callable
     kernel, _ = resolve_kernel(options.kernel, device, allow_fallback=False)
     dtype = _dtype(options.dtype, device)
     shape = options.shape(device.type)
+    group = shape.heads // shape.kv_heads
+    refusal = kernel_refusal(kernel, options.nsa, dim=shape.dim_head, group=group, dtype=dtype)
+    if refusal is not None:
+        if options.kernel != "auto":
+            raise refusal
+        kernel = "torch"
     asked, dtype_name = options.to_dict(), str(dtype).removeprefix("torch.")
     model_heads = dict(zip(("model_heads", "model_kv_heads"), shape.model_heads, strict=True))
     sizes = {**dataclasses.asdict(shape), **model_heads, "batch": options.batch, "dtype": dtype_name, "nsa": asked["nsa"]}

@@ -40,7 +40,8 @@ def find_machine(settings: Resolved, *, allow_fallback: bool) -> Machine:
     device = find_device(settings["device"])
     dtype = None if settings["dtype"] == "auto" else getattr(torch, settings["dtype"])
     kernel, notice = resolve_kernel(settings["kernel"], device, allow_fallback=allow_fallback)
-    return Machine(device, dtype, kernel, notice)
+    # "auto" stays: the model's geometry may decide it.
+    return Machine(device, dtype, "auto" if settings["kernel"] == "auto" else kernel, notice)
 
 
 def find_device(name: str) -> torch.device:

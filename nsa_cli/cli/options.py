@@ -195,6 +195,10 @@ WeightDecay = Annotated[float | None, _field(_real, "--weight-decay", "AdamW's d
 Beta1 = Annotated[float | None, _field(_real, "--beta1", "AdamW's first moment.", OPTIMISATION)]
 Beta2 = Annotated[float | None, _field(_real, "--beta2", "AdamW's second moment.", OPTIMISATION)]
 GradClip = Annotated[float | None, _field(_real, "--grad-clip", "Largest gradient norm; 0 clips nothing.", OPTIMISATION)]
+CudaGraph = Annotated[
+    bool | None,
+    _field(_flag, "--cuda-graph/--no-cuda-graph", "Replay each step as a CUDA graph: small models train faster.", RUNNING),
+]
 Compile = Annotated[bool | None, _field(_flag, "--compile/--no-compile", "Run the model through torch.compile.", RUNNING)]
 
 # Data.

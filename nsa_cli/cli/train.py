@@ -75,6 +75,7 @@ def train(
     dtype: options.Dtype = "auto",
     kernel: options.KernelName = "auto",
     compile: options.Compile = None,
+    cuda_graph: options.CudaGraph = None,
     seed: options.Seed = 1337,
     config: options.Config = None,
 ) -> int:

@@ -26,7 +26,7 @@ def build_model(
     device = torch.device(device)
     name, _ = resolve_kernel(kernel, device) if config.nsa is not None else ("torch", None)
     if config.nsa is not None:
-        refusal = kernel_refusal(name, config.nsa, dim=config.dim_head, group=config.group)
+        refusal = kernel_refusal(name, config.nsa, dim=config.dim_head, group=config.group, dtype=dtype)
         if refusal is not None and kernel != "auto":
             raise refusal
         name = "torch" if refusal is not None else name

@@ -24,6 +24,7 @@ from nsa_cli.model import Transformer, build_model
 from nsa_cli.ops.dispatch import resolve_kernel
 from nsa_cli.training.batches import BatchPlan, plan_batches, training_batches, validation_batches
 from nsa_cli.training.device import deterministic_on_cpu, explained_errors
+from nsa_cli.training.graphs import CapturedGradients, refuse_cuda_graph
 from nsa_cli.training.metrics import Clock, MetricsLog, bits_per_byte, finite, header_record, machine_record
 from nsa_cli.training.optim import FiniteGuard, clipped_update, make_optimizer
 from nsa_cli.training.resume import check_continues, read_run
@@ -93,7 +94,9 @@ def train(
     with deterministic_on_cpu(device):
         torch.manual_seed(config.seed)
         weights = torch.float64 if dtype is torch.float64 else torch.float32
-        model = build_model(model_config, device=device, dtype=weights, kernel=name)
+        model = build_model(model_config, device=device, dtype=weights, kernel="auto" if kernel == "auto" else name)
+        if config.cuda_graph:
+            refuse_cuda_graph(device, model.kernel if sparse else "dense")
         machine = machine_record(model, config, device=device, dtype=dtype, notices=notices)
         header = header_record(model, corpus, machine)
         optimizer, guard = make_optimizer(model, config), FiniteGuard(device)
@@ -147,6 +150,9 @@ class _Run:
         if self.config.compile:
             self.forward = torch.compile(self.model)
         self.dtype = dtype
+        self.captured: CapturedGradients | None = None
+        if self.config.cuda_graph:
+            self.captured = CapturedGradients(self.forward, self.model.parameters(), self.autocast)
         self.line: dict[str, Any] = {}
         self.saved_step: int | None = None
 
@@ -203,7 +209,12 @@ class _Run:
         seed, train = self.config.seed, self.corpus.train
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         batches = training_batches(train, self.plan, seed=seed, step=step, context=self.context, device=self.device)
+        if self.captured is not None:
+            self.captured.begin()
         for inputs, targets, share in batches:
+            if self.captured is not None:
+                total += self.captured(inputs, targets, share)
+                continue
             with self.autocast():
                 loss = self.forward(inputs, targets) * share
             loss.backward()

@@ -62,6 +62,7 @@ def machine_record(
         "device": device_name(device),
         "dtype": str(dtype).removeprefix("torch."),
         "compile": config.compile,
+        "cuda_graph": config.cuda_graph,
         "versions": {"nsa": nsa_cli.__version__, "torch": torch.__version__, "python": platform.python_version()},
     }
 

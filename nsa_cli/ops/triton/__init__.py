@@ -11,7 +11,8 @@
     operators     PyTorch's custom ops over them, with gradients
     tuning        launch configurations
 
-EXPERIMENTS.md is the log of what was tried, predicted and measured.
+Sizes that change from call to call are not specialised on: a new length compiles nothing. EXPERIMENTS.md is the log of what
+was tried, predicted and measured.
 """
 
 from nsa_cli.ops.triton.operators import (

@@ -174,7 +174,7 @@ def attend_keys(
     return b_acc, b_max, b_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "GRID"])
 def attend_forward(
     x_q, d_k, d_v, x_o, p_lse, p_start, p_base, N, GRID, scale, stride_qb, stride_qh, stride_qt, stride_ob, stride_oh,
     stride_ot, UNITS: tl.constexpr, SHARE: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr,
@@ -235,7 +235,7 @@ def gradient_keys(
     return b_acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "GRID"])
 def attend_dq(
     x_q, x_do, d_k, d_v, x_dq, p_lse, p_delta, p_gate, p_start, p_base, N, GRID, scale, dq_scale, stride_qb, stride_qh,
     stride_qt, stride_ob, stride_oh, stride_ot, stride_db, stride_dh, stride_dt,
@@ -281,7 +281,7 @@ def attend_dq(
     store_queries(x_dq, b_acc, i_b, i_u, t0, o_row, m_row, RP, M, D, DK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "KEYS", "GRID", "CHUNK"])
 def attend_dkv(
     d_q, d_do, d_k, d_v, p_dk, p_dv, p_lse, p_delta, p_gate, p_start, p_end, p_first, p_last, N, KEYS, GRID, CHUNK,
     scale, dk_scale, UNITS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,

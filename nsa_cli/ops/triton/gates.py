@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ROWS", "N"])
 def row_deltas(
     p_do, p_o, p_gates, p_delta, p_gate, p_dgates, ROWS, N, stride_ob, stride_oh, stride_ot, stride_gb, stride_gh, stride_gt,
     stride_gr, stride_branch, stride_row, H: tl.constexpr, E: tl.constexpr, DV: tl.constexpr, BRANCHES: tl.constexpr,

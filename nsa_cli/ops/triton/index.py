@@ -43,7 +43,7 @@ class Index:
         return min(entries // self.item + units * self.blocks, entries)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ENTRIES", "N", "UNITS_A_HEAD", "BLOCKS", "LISTS", "CHUNK"])
 def entry_lists(
     p_indices, p_lists, p_start, p_sel_base, ENTRIES, N, UNITS_A_HEAD, BLOCKS, LISTS, CHUNK, BLOCK: tl.constexpr,
     NUM: tl.constexpr, FREE: tl.constexpr, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr, PACKED: tl.constexpr,
@@ -67,7 +67,7 @@ def entry_lists(
     tl.store(p_lists + o_e, tl.where(full, o_list, LISTS).to(tl.int32), mask=m_e)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["LISTS", "ITEM"])
 def fill_items(p_ends, p_items, p_item_list, p_item_start, LISTS, ITEM, SIZE: tl.constexpr):
     """item_list and item_start of SIZE lists."""
     o_l = tl.program_id(0) * SIZE + tl.arange(0, SIZE)

@@ -28,7 +28,7 @@ from nsa_cli.ops.triton.attend import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["LIST0", "LIST1", "ROW0", "N", "UNITS_A_HEAD", "BLOCKS"])
 def selected_parts(
     p_q, p_k, p_v, p_o, p_lse, p_entries, p_ends, p_items, p_item_list, p_item_start, p_sel_start, p_sel_end,
     LIST0, LIST1, ROW0, N, UNITS_A_HEAD, BLOCKS, scale, stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_kt,
@@ -209,7 +209,7 @@ def window_first(CORES):
     return (tl.program_id(0) + tl.program_id(0) // CORES) % 2 == 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["UNIT0", "ROW0", "N", "UNITS_A_HEAD", "CHUNK", "CORES"])
 def selected_finish(
     p_q, d_k, d_v, d_k_win, d_v_win, p_out, p_total, p_cmp, p_win, p_gates, p_indices, p_o, p_part_lse, p_lse, p_win_lse,
     p_start, UNIT0, ROW0, N, UNITS_A_HEAD, CHUNK, CORES, scale, stride_qb, stride_qh, stride_qt, stride_ob, stride_oh,
@@ -275,7 +275,7 @@ def selected_finish(
             store_tile(p_total, b_acc, o_out, m_m, E, DV, "")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["LIST0", "LIST1", "ROW0", "N", "UNITS_A_HEAD", "BLOCKS"])
 def selected_gradient_parts(
     p_q, p_do, p_k, p_v, p_dq, p_dk, p_dv, p_lse, p_delta, p_gate, p_entries, p_ends, p_items, p_item_list, p_item_start,
     p_sel_start, p_sel_end, LIST0, LIST1, ROW0, N, UNITS_A_HEAD, BLOCKS, scale, dk_scale, stride_qb, stride_qh, stride_qt,
@@ -342,7 +342,7 @@ def selected_gradient_parts(
         store_tile(p_dv, b_dv, o_w * E, o_i < BLOCK, E, DV, "")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["UNIT0", "UNIT1", "N", "UNITS_A_HEAD", "BLOCKS"])
 def selected_gradient_sum(
     p_dk, p_dv, p_dk_sum, p_dv_sum, p_items, p_sel_start, p_sel_end, UNIT0, UNIT1, N, UNITS_A_HEAD, BLOCKS, G: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, BS: tl.constexpr,
@@ -439,7 +439,7 @@ def gradient_selected(
     return b_acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["UNIT0", "ROW0", "N", "UNITS_A_HEAD", "CHUNK", "CORES"])
 def selected_gradient_finish(
     p_q, p_do, d_k, d_v, d_k_win, d_v_win, p_dq, p_part_dq, p_lse, p_delta, p_gate, p_win_lse, p_win_delta, p_win_gate,
     p_indices, p_start, UNIT0, ROW0, N, UNITS_A_HEAD, CHUNK, CORES, scale, dq_scale, stride_qb, stride_qh, stride_qt,

@@ -15,7 +15,7 @@ import triton.language as tl
 from nsa_cli.ops.triton.attend import CMP, key_bounds
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T0", "T1", "N", "KEYS", "GRID", "KEY_TILES"])
 def block_importance(
     d_q, p_k, p_lse, p_scores, p_start, p_base, p_sel_base, p_sel_first, p_sel_last, T0, T1, N, KEYS, BLOCKS, GRID, KEY_TILES,
     scale,
@@ -80,7 +80,7 @@ def block_importance(
         tl.store(p_scores + o_score, b_score, mask=m_score)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T0", "T1", "N"])
 def select_top(
     p_scores, p_indices, p_start, p_sel_base, T0, T1, N, BLOCKS, BLOCK: tl.constexpr, NUM: tl.constexpr,
     NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr, PACKED: tl.constexpr, PLACES: tl.constexpr, WIDTH: tl.constexpr,
