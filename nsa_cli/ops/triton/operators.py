@@ -72,6 +72,10 @@ def _like_rows(x: Tensor) -> Tensor:
     return empty_rows(x.shape[0], x.shape[1], x.shape[2], x.shape[3], x.dtype, x.device)
 
 
+def _output(q: Tensor, v: Tensor) -> Tensor:
+    return empty_rows(q.shape[0], q.shape[1], q.shape[2], v.shape[3], q.dtype, q.device)
+
+
 def _like_keys(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], max(x.shape[2], 1), x.shape[1], x.shape[3]).transpose(1, 2)[:, :, : x.shape[2]]
 
@@ -100,7 +104,7 @@ def _(
     q: Tensor, k_cmp: Tensor, v_cmp: Tensor, cu_seqlens: Tensor | None, geometry: list[int], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     indices = q.new_empty(q.shape[0], k_cmp.shape[1], q.shape[2], geometry[3], dtype=torch.int32)
-    return empty_rows(*q.shape[:3], v_cmp.shape[3], q.dtype, q.device), _statistics(q), indices
+    return _output(q, v_cmp), _statistics(q), indices
 
 
 @torch.library.custom_op("nsa::compressed_attention_backward", mutates_args=())
@@ -143,7 +147,7 @@ def selected_forward(
 def _(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, cu_seqlens: Tensor | None, geometry: list[int], scale: float
 ) -> tuple[Tensor, Tensor]:
-    return empty_rows(*q.shape[:3], v.shape[3], q.dtype, q.device), _statistics(q)
+    return _output(q, v), _statistics(q)
 
 
 @torch.library.custom_op("nsa::selected_attention_backward", mutates_args=())
@@ -186,7 +190,7 @@ def window_forward(
 def _(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, geometry: list[int], scale: float
 ) -> tuple[Tensor, Tensor]:
-    return empty_rows(*q.shape[:3], v.shape[3], q.dtype, q.device), _statistics(q)
+    return _output(q, v), _statistics(q)
 
 
 @torch.library.custom_op("nsa::window_attention_backward", mutates_args=())
@@ -247,7 +251,7 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, q_cmp: Tensor | None, k_win: Tensor | None,
     v_win: Tensor | None, cu_seqlens: Tensor | None, geometry: list[int], scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    out = empty_rows(*q.shape[:3], v.shape[3], q.dtype, q.device)
+    out = _output(q, v)
     indices = q.new_empty(q.shape[0], k.shape[1], q.shape[2], geometry[3], dtype=torch.int32)
     return out, _branches(q, v.shape[3]), _statistics(q, 3), indices
 
