@@ -20,7 +20,7 @@ from nsa_cli.ops.triton.problem import Problem, group_rows, head_rows
 
 SCORE_ELEMENTS = 2**26
 """Float32 block scores alive at a time (256 MiB): importance and selection run in chunks of queries."""
-PART_BYTES = {"forward": 3 * 2**30, "backward": 2**30}
+PART_BYTES = {"forward": 2**31, "backward": 2**30}
 """Bytes of partial outputs, or query gradients, alive at a time in the selected branch."""
 UNIT_TOKENS = {"forward": 4096, "backward": 16384}
 """Query tokens a unit of the inverted index. Forward: what its items gather stays in a 50 MB cache. Backward: items are long,
