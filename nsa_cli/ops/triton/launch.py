@@ -25,6 +25,8 @@ PART_BYTES = {"forward": 2**31, "backward": 2**30}
 UNIT_TOKENS = {"forward": 4096, "backward": 16384}
 """Query tokens a unit of the inverted index. Forward: what its items gather stays in a 50 MB cache. Backward: items are long,
 since each writes dk and dv of its block."""
+LEAST_LIST = 32
+"""Queries that a list should have on average: units grow with the number of blocks."""
 MOST_ROWS = 128
 """Of a tile, for a group of at most as many heads."""
 ITEM = {"forward": 64, "backward": 128}
@@ -132,7 +134,10 @@ class Selection:
         self.sub = whole // self.bs
         self.places = triton.next_power_of_2(max(self.free, 1)) * self.sub
         self.causal = self.num_local == 0
-        self.chunk = min(UNIT_TOKENS[way], triton.cdiv(p.n, MOST_ROWS) * MOST_ROWS)  # whole tiles
+        a_row = max(self.free, 1) * self.sub * p.r * max(p.d, p.e) * p.dtype.itemsize
+        wanted = max(UNIT_TOKENS[way], LEAST_LIST * p.select_blocks // max(self.free, 1))
+        most = min(wanted, PART_BYTES[way] // a_row) // MOST_ROWS * MOST_ROWS  # whole tiles
+        self.chunk = min(max(most, MOST_ROWS), triton.cdiv(p.n, MOST_ROWS) * MOST_ROWS)
         self.a_head = triton.cdiv(p.n, self.chunk)
         self.units = p.b * p.g * self.a_head
         self.index: Index | None = None
@@ -141,7 +146,6 @@ class Selection:
                 indices, select_block=config.select_block, num_init=self.num_init, num_local=self.num_local,
                 blocks=p.select_blocks, chunk=self.chunk, item=ITEM[way], start=p.table("start"), sel_base=p.table("sel_base"),
             )  # fmt: skip
-        a_row = max(self.free, 1) * self.sub * p.r * max(p.d, p.e) * p.dtype.itemsize
         self.units_a_part = max(1, min(self.units, PART_BYTES[way] // (a_row * min(self.chunk, p.n))))
 
     def part_entries(self) -> int:
