@@ -40,6 +40,7 @@ def bench(
     budget: options.Budget = 1.0,
     compare: options.Compare = None,
     tolerance: options.Tolerance = 0.1,
+    tune: options.Tune = None,
     compress_block: options.CompressBlock = None,
     compress_stride: options.CompressStride = None,
     select_block: options.SelectBlock = None,
@@ -65,6 +66,9 @@ def bench(
     Attention forward and backward, each branch, a training step, prefill and decode: median and p10/p90, speed-up,
     peak memory, share of the roofline, error against the float32 reference, and the length from which sparse wins. The
     geometry is the paper's (base's) where no flag says otherwise. A failed gate ends with exit code 6.
+
+    With --tune: the Triton kernels' tiles, warps, stages and registers, a kernel after another, at the longest --seq-len. What
+    is fastest goes into the table, beside what it holds; NSA_KERNEL_TABLE=TABLE.json uses it.
     """
     return run(load(ctx))
 
@@ -73,6 +77,8 @@ def run(settings: Resolved) -> int:
     """Measure and show; 0, or 6 when a gate failed."""
     if settings["json"] and settings["csv"]:
         raise NsaError("--json and --csv exclude each other", "choose one", ExitCode.USAGE)
+    if settings["tune"] is not None:
+        return tune_kernels(settings)
     from nsa_cli.benchmark import run_bench
     from nsa_cli.cli import output
     from nsa_cli.cli.machine import find_machine
@@ -94,6 +100,32 @@ def run(settings: Resolved) -> int:
         return 0
     failed = "; ".join(f"{gate.name}: {gate.detail}" for gate in report.gates if not gate.ok)
     raise NsaError(f"gate failed: {failed}", "the report above stands", ExitCode.GATE_FAILED)
+
+
+def tune_kernels(settings: Resolved) -> int:
+    """`nsa bench --tune`: measure launch configurations, write the table, show what changed."""
+    for other in ("csv", "compare"):
+        if settings[other]:
+            raise NsaError(f"--tune and --{other} exclude each other", "choose one", ExitCode.USAGE)
+    if settings["kernel"] not in ("auto", "triton"):
+        message = f"--tune measures the Triton kernels, not --kernel {settings['kernel']}"
+        raise NsaError(message, "leave --kernel out", ExitCode.USAGE)
+    from nsa_cli.cli import output
+    from nsa_cli.cli.machine import find_machine
+
+    messages = output.Messages(quiet=settings["quiet"])
+    if settings["verbose"]:
+        messages.list_settings(settings.report())
+    settings.derive("kernel", "triton", "from --tune")
+    machine, asked = find_machine(settings, allow_fallback=False), bench_options(settings)
+    from nsa_cli.benchmark.tune import run_tune  # only now: where there is no GPU there may be no triton
+
+    report = run_tune(asked, settings["tune"], machine.device, progress=messages.notice)
+    if settings["json"]:
+        output.write_json(report.to_dict(), indent=2)
+    else:
+        output.show_tuning(report)
+    return 0
 
 
 def bench_options(settings: Resolved) -> BenchOptions:

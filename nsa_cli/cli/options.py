@@ -278,4 +278,8 @@ Compare = Annotated[
     _flag("--compare", "An earlier --json; a row slower than it ends with exit code 6.", MEASURING, metavar="OLD.json"),
 ]
 Tolerance = Annotated[float, _real("--tolerance", "How much slower than --compare a row may be, as a share.", MEASURING)]
+Tune = Annotated[
+    Path | None,
+    _flag("--tune", "Instead, time the Triton kernels' launch configurations into this table.", MEASURING, metavar="TABLE.json"),
+]
 Csv = Annotated[bool, _flag("--csv", "CSV on stdout instead of a table.", OUTPUT)]

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from nsa_cli.benchmark import BenchReport, Figures
+    from nsa_cli.benchmark.tune import TuneReport
     from nsa_cli.data import Tokenizer
     from nsa_cli.inspection import Inspection, QueryView
 
@@ -318,6 +319,21 @@ def show_bench(report: BenchReport) -> None:
     notes += [Text(f"not measured at {n:,}, for time: {', '.join(cases)}") for n, cases in left_out.items()]
     notices = [Text(notice) for notice in report.notices]
     write_tables(head, *([table] if table.rows else []), *notes, *notices, *map(Text, report.crossover), *gates)
+
+
+def show_tuning(report: TuneReport) -> None:
+    """A tuning's report: the machine and the shape, and a line a kernel."""
+    sizes = report.sizes
+    head = Text(
+        f"{report.device}; {sizes['dtype']}, batch {sizes['batch']}, {sizes['seq_len']:,} tokens, {sizes['heads']} query heads, "
+        f"{sizes['kv_heads']} key/value heads of {sizes['dim_head']}"
+    )
+    table = _table("kernel", "before", "after", ">attention before", ">after", ">tried", ">refused", narrow=True)
+    for row in report.kernels:
+        after = "the same" if row.after == row.before else str(row.after)
+        times = (f"{row.way} {duration_text(row.before_s)}", duration_text(row.after_s))
+        table.add_row(row.kernel, str(row.before), after, *times, str(row.tried), str(len(row.refused)))
+    write_tables(head, table, Text(f"written to {_shown(os.fsencode(report.path))}"))
 
 
 _BENCH_COLUMNS = (

@@ -2,22 +2,28 @@
 
 A kernel's entry is looked up by device name, then by the bytes of a row on chip (head dim rounded up, times the element's
 size), then by the group's size; what the table does not hold comes from `default`, which is safe on any device. TABLE holds what
-was measured on an H200 (EXPERIMENTS.md beside this file); the file that NSA_KERNEL_TABLE names is laid over it.
+was measured on an H200 (EXPERIMENTS.md beside this file); the file that NSA_KERNEL_TABLE names, which `nsa bench --tune` writes,
+is laid over it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import torch
+from triton.errors import TritonError
 
 from nsa_cli.errors import ExitCode, NsaError
 
 TABLE_VARIABLE = "NSA_KERNEL_TABLE"
+LAUNCH_ERRORS = (TritonError, RuntimeError)
+"""What a configuration that a device cannot run raises: out of resources, not to be compiled, no memory."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,10 @@ class Tile:
     warps: int = 4
     stages: int = 2
     registers: int = 0
+
+    def __str__(self) -> str:
+        registers = f", {self.registers} registers" if self.registers else ""
+        return f"{self.rows} x {self.keys}, {self.warps} warps, {self.stages} stage{'s' * (self.stages != 1)}{registers}"
 
     def options(self) -> dict[str, int]:
         """Triton's launch options."""
@@ -60,7 +70,7 @@ TABLE: dict[str, dict[str, Tile]] = {
         "selected_gradient_finish/256": Tile(64, 64, 4, 5),
     },
 }
-"""device -> "kernel/bytes of a row" or "kernel/bytes of a row/heads of a group" -> Tile."""
+"""device -> "kernel/bytes of a row" or "kernel/bytes of a row/heads of a group" -> Tile; float32: "kernel/float32/bytes ..."."""
 
 
 def default(kernel: str, row_bytes: int, dtype: torch.dtype) -> Tile:
@@ -82,9 +92,14 @@ def default(kernel: str, row_bytes: int, dtype: torch.dtype) -> Tile:
     return Tile(64, 64, 4, 2)
 
 
+def device_name(device: torch.device) -> str:
+    """The name that a table knows a device by."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+
+
 @cache
 def _device_table(device: torch.device) -> dict[str, Tile]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+    name = device_name(device)
     table = dict(TABLE.get(name, {}))
     path = os.environ.get(TABLE_VARIABLE)
     if path:
@@ -92,21 +107,43 @@ def _device_table(device: torch.device) -> dict[str, Tile]:
     return table
 
 
+_overlay: Mapping[str, Tile] = {}
+"""Of the whole process, not of a thread: autograd runs a backward in threads of its own."""
+
+
+@contextmanager
+def overridden(table: Mapping[str, Tile]) -> Iterator[None]:
+    """Inside, `table` (key -> Tile) is laid over the device's: for measuring."""
+    global _overlay
+    before, _overlay = _overlay, table
+    try:
+        yield
+    finally:
+        _overlay = before
+
+
+def table_key(kernel: str, *, width: int, dtype: torch.dtype) -> str:
+    """A kernel's key for groups of any size. float32 has keys of its own: its products run on other units."""
+    return f"{kernel}/{'float32/' if dtype == torch.float32 else ''}{width * dtype.itemsize}"
+
+
 def tile(kernel: str, *, width: int, group: int, dtype: torch.dtype, device: torch.device) -> Tile:
     """The configuration of a kernel. width: head dim rounded up to a power of two. group: heads of a group."""
-    row_bytes = width * dtype.itemsize
-    table = {} if dtype == torch.float32 else _device_table(device)
-    name = f"{kernel}/{row_bytes}"
-    return table.get(f"{name}/{group}") or table.get(name) or default(kernel, row_bytes, dtype)
+    key = table_key(kernel, width=width, dtype=dtype)
+    for table in (_overlay, _device_table(device)):
+        found = table.get(f"{key}/{group}") or table.get(key)
+        if found is not None:
+            return found
+    return default(kernel, width * dtype.itemsize, dtype)
 
 
 def read_table(path: Path) -> dict[str, dict[str, Tile]]:
-    """A table written by `write_table`. NsaError (exit 3) for anything else."""
+    """A table that `table_to_json` wrote. NsaError (exit 3) for anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return {device: {key: Tile(**value) for key, value in rows.items()} for device, rows in content.items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        hint = f"write one with nsa bench --tune, or unset {TABLE_VARIABLE}"
+        hint = f"nsa bench --tune writes one, to a new file; {TABLE_VARIABLE} names one, or nothing"
         raise NsaError(f"{path} is not a table of kernel configurations: {error}", hint, ExitCode.BAD_INPUT) from error
 
 
