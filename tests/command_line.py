@@ -23,7 +23,7 @@ TINY = ModelConfig(dim=16, depth=2, heads=4, kv_heads=2, dim_head=8, context=64,
 
 def environment(**changes: str) -> dict[str, str]:
     """This process's, without what would change a command's meaning, and with the package importable from anywhere."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("NSA_")}
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("NSA_") and key != "TRITON_INTERPRET"}
     return {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NO_COLOR": "1", **changes}
 
 

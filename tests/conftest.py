@@ -14,6 +14,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+# Where there is no GPU, Triton's kernels run in its interpreter; it has to know before triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Two cores are shared by the whole suite; small tensors are slower on many threads than on one.
 torch.set_num_threads(int(os.environ.get("NSA_TEST_THREADS", "1")))
 
@@ -36,6 +40,12 @@ def seed(request: pytest.FixtureRequest) -> int:
     np.random.seed(value % 2**32)
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture
+def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As users have it: without a GPU, kernel 'triton' is not there."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -391,6 +391,7 @@ def test_wrong_options_are_refused_by_name(changes: dict[str, Any], field: str) 
         options(**changes)
 
 
+@pytest.mark.usefixtures("no_interpreter")
 @pytest.mark.parametrize("kernel", ["triton", "flex"])
 def test_what_is_not_available_ends_with_5(kernel: str) -> None:
     with pytest.raises(NsaError) as caught:

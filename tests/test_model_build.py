@@ -145,6 +145,7 @@ def test_swiglu_and_its_width() -> None:
     assert model(random_ids()).isfinite().all()
 
 
+@pytest.mark.usefixtures("no_interpreter")
 def test_unknown_and_unavailable_kernels_are_refused() -> None:
     with pytest.raises(ValueError, match="kernel = 'fast'"):
         build_model(SPARSE, kernel="fast")

@@ -168,6 +168,7 @@ def test_an_unknown_kernel_is_refused_by_name(op: str, x: Inputs) -> None:
         call()
 
 
+@pytest.mark.usefixtures("no_interpreter")
 @pytest.mark.parametrize("kernel", ["flex", "triton"])
 def test_a_kernel_that_needs_a_gpu_says_so_on_a_cpu(kernel: str, x: Inputs) -> None:
     for call in (lambda: run(x, kernel=kernel), lambda: resolve_kernel(kernel, "cpu")):
@@ -177,6 +178,7 @@ def test_a_kernel_that_needs_a_gpu_says_so_on_a_cpu(kernel: str, x: Inputs) -> N
         assert "torch" in error.value.hint
 
 
+@pytest.mark.usefixtures("no_interpreter")
 def test_triton_goes_on_as_torch_where_that_is_allowed_and_says_so() -> None:
     name, notice = resolve_kernel("triton", "cpu", allow_fallback=True)
     assert name == "torch"

@@ -59,6 +59,7 @@ def test_a_step_line_has_its_keys_and_sparse_models_their_gates(tmp_path: Path, 
     assert [line["step"] for line in steps(tmp_path)] == list(range(1, 13))
 
 
+@pytest.mark.usefixtures("no_interpreter")
 def test_the_first_line_says_what_was_run_where(tmp_path: Path) -> None:
     told = Told()
     run(tmp_path, text_corpus(tmp_path), sparse=True, kernel="triton", notices=["a notice"], reporter=told)

@@ -34,27 +34,53 @@ class Compression(nn.Module):
 
     def __init__(self, config: NSAConfig, kv_heads: int, dim_head: int) -> None:
         super().__init__()
-        self.pos = nn.Parameter(torch.randn(kv_heads, config.compress_block, dim_head) * 0.02)
+        self.config = config
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.phi(x + self.pos[:, None])
+        return self.phi(x)
+
+    def compress(self, x: Tensor, starts: Tensor | None, kernel: str) -> Tensor:
+        """Tokens [b, g, s, d] -> [b, g, c, d]: every block of `windows(x, config, starts)`, gathered by `kernel`."""
+        return self.fused(x, starts) if kernel == "triton" else self(windows(x, self.config, starts))
 
     @abstractmethod
     def phi(self, x: Tensor) -> Tensor:
         """[.., g, c, l, d] -> [.., g, c, d]."""
 
+    @abstractmethod
+    def fused(self, x: Tensor, starts: Tensor | None) -> Tensor:
+        """`compress` through Triton's kernels."""
 
-class Mean(nn.Module):
+
+class Mean(Compression):
     """mean_i x_i, without intra-block positions."""
 
-    def __init__(self, config: NSAConfig, kv_heads: int, dim_head: int) -> None:
-        super().__init__()
-
-    def forward(self, x: Tensor) -> Tensor:
+    def phi(self, x: Tensor) -> Tensor:
         return x.mean(-2)
 
+    def fused(self, x: Tensor, starts: Tensor | None) -> Tensor:
+        from nsa_cli.ops.triton.windows import mean_pool
 
-class AttentionPool(Compression):
+        return mean_pool(x, self.config, starts)
+
+
+class Positioned(Compression):
+    """phi over windows + pos."""
+
+    def __init__(self, config: NSAConfig, kv_heads: int, dim_head: int) -> None:
+        super().__init__(config, kv_heads, dim_head)
+        self.pos = nn.Parameter(torch.randn(kv_heads, config.compress_block, dim_head) * 0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.phi(x + self.pos[:, None])
+
+    def fused(self, x: Tensor, starts: Tensor | None) -> Tensor:
+        from nsa_cli.ops.triton import windows as kernels
+
+        return self.phi(kernels.windows(x, self.pos, self.config, starts))
+
+
+class AttentionPool(Positioned):
     """sum_i softmax_i(a . x_i) x_i."""
 
     def __init__(self, config: NSAConfig, kv_heads: int, dim_head: int) -> None:
@@ -66,7 +92,7 @@ class AttentionPool(Compression):
         return torch.einsum("...l,...ld->...d", weights.to(x.dtype), x)
 
 
-class Conv(Compression):
+class Conv(Positioned):
     """sum_i w_i * x_i, one weight a place and channel (a depthwise convolution of width l and stride d)."""
 
     def __init__(self, config: NSAConfig, kv_heads: int, dim_head: int) -> None:
@@ -78,7 +104,7 @@ class Conv(Compression):
         return (x * self.w).sum(-2)
 
 
-class Linear(Compression):
+class Linear(Positioned):
     """W vec(x)."""
 
     def __init__(self, config: NSAConfig, kv_heads: int, dim_head: int) -> None:
@@ -90,7 +116,7 @@ class Linear(Compression):
         return F.linear(x.flatten(-2), self.w)
 
 
-class MLP(Compression):
+class MLP(Positioned):
     """W2 gelu(W1 vec(x)), hidden width d: the paper's choice, and the default."""
 
     def __init__(self, config: NSAConfig, kv_heads: int, dim_head: int) -> None:
@@ -103,7 +129,7 @@ class MLP(Compression):
         return F.linear(F.gelu(F.linear(x.flatten(-2), self.w1)), self.w2)
 
 
-class Gated(Compression):
+class Gated(Positioned):
     """mean_i x_i * sigmoid(W x_i)."""
 
     def __init__(self, config: NSAConfig, kv_heads: int, dim_head: int) -> None:
@@ -114,7 +140,7 @@ class Gated(Compression):
         return (x * F.linear(x, self.w).sigmoid()).mean(-2)
 
 
-class GroupedMLP(Compression):
+class GroupedMLP(Positioned):
     """W2 gelu(W1 vec(x)) with weights of its own for every key/value head."""
 
     def __init__(self, config: NSAConfig, kv_heads: int, dim_head: int) -> None:
@@ -127,7 +153,7 @@ class GroupedMLP(Compression):
         return F.gelu(x.flatten(-2) @ self.w1.mT) @ self.w2.mT
 
 
-NETWORKS: dict[str, type[nn.Module]] = {
+NETWORKS: dict[str, type[Compression]] = {
     "mean": Mean,
     "attention-pool": AttentionPool,
     "conv": Conv,
@@ -138,6 +164,6 @@ NETWORKS: dict[str, type[nn.Module]] = {
 }
 
 
-def make_compression(config: NSAConfig, kv_heads: int, dim_head: int) -> nn.Module:
+def make_compression(config: NSAConfig, kv_heads: int, dim_head: int) -> Compression:
     """The network that `config.compress` names, for one layer's keys or values."""
     return NETWORKS[config.compress](config, kv_heads, dim_head)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nsa_cli.config import ModelConfig
 from nsa_cli.model.attention import Geometry
 from nsa_cli.model.cache import LayerCache
-from nsa_cli.model.compress import make_compression, windows
+from nsa_cli.model.compress import make_compression
 from nsa_cli.model.rotary import rotate
 from nsa_cli.ops.dispatch import nsa_attention_and_selection
 
@@ -65,8 +65,8 @@ class SparseAttention(nn.Module):
         if layer is not None:
             caches = self._append(geometry, layer, (k_raw, v_raw, k_slc, v_slc, k_win, v_win))
         if geometry.first:
-            k_cmp = self._compress_keys(windows(k_raw, self.nsa, geometry.block_starts), geometry)
-            v_cmp = self.compress_v(windows(v_raw, self.nsa, geometry.block_starts))
+            k_cmp = self._compress_keys(k_raw, geometry)
+            v_cmp = self.compress_v.compress(v_raw, geometry.block_starts, self.kernel)
             if layer is not None:
                 self._store_blocks(geometry, layer, k_cmp, v_cmp)
             positions = None
@@ -88,9 +88,9 @@ class SparseAttention(nn.Module):
         sets = rearrange(x, "b t (r g d) -> r b g t d", r=self.sets, g=self.kv_heads)
         return (sets[0], sets[1], sets[2]) if self.sets == 3 else (sets[0], sets[0], sets[0])
 
-    def _compress_keys(self, blocks: Tensor, geometry: Geometry) -> Tensor:
-        """phi_k of every window [b, g, c, l, d], turned at each block's first position if compress_rope asks for it."""
-        k_cmp: Tensor = self.compress_k(blocks)
+    def _compress_keys(self, k_raw: Tensor, geometry: Geometry) -> Tensor:
+        """phi_k of every block of k_raw [b, g, t, d], turned at its first position if compress_rope asks for it."""
+        k_cmp = self.compress_k.compress(k_raw, geometry.block_starts, self.kernel)
         if self.nsa.compress_rope == "none" or k_cmp.shape[2] == 0:
             return k_cmp
         starts = geometry.block_positions
