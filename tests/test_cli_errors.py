@@ -77,6 +77,7 @@ CASES = [
 ]
 
 
+@pytest.mark.usefixtures("no_interpreter")
 @pytest.mark.parametrize(("line", "code", "message"), CASES, ids=[case[0] for case in CASES])
 def test_a_mistake_is_one_line_with_its_exit_code_and_nothing_on_stdout(
     line: str, code: ExitCode, message: str, here: Path, capsys: pytest.CaptureFixture[str]
