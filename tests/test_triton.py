@@ -220,7 +220,10 @@ def test_selected_attention_takes_empty_lists() -> None:
     assert torch.equal(selected_attention(x.q, x.k, x.v, nothing, TINY, kernel="triton"), torch.zeros_like(x.q))
 
 
-LINE = "train data.txt --sparse --kernel triton --preset tiny --seq-len 64 --batch-tokens 64 --steps 3 --eval-every 0".split()
+LINE = [
+    "train", "data.txt", "--sparse", "--kernel", "triton", "--preset", "tiny", "--seq-len", "64", "--batch-tokens",
+    "64", "--steps", "3", "--eval-every", "0",
+]  # fmt: skip
 
 
 def losses(folder: Path, *command: str, **variables: str) -> tuple[list[float], str]:

@@ -1,0 +1,237 @@
+"""The Triton kernels on a GPU: all groups, head dims, geometries and dtypes; determinism, memory, graphs, long tensors.
+
+Set NSA_NO_WARM to compile in this process alone; otherwise the kernels are first compiled by many at once.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import multiprocessing
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nsa_cli.config import PRESETS, ModelConfig, NSAConfig
+from nsa_cli.model import build_model
+from nsa_cli.ops import nsa_attention
+from nsa_cli.ops.dispatch import nsa_attention_and_selection
+from tests.triton_cases import (
+    COLUMNS,
+    Case,
+    assert_each_branch_is_right,
+    assert_the_operator_is_right,
+    forward_and_backward,
+    output_gradient,
+    parse,
+    table,
+    warm_up,
+)
+
+pytestmark = pytest.mark.gpu
+
+PAPER = NSAConfig()
+CASES = table(f"""
+{COLUMNS}
+32/2 128 32,16,64 13+1+2 512 4133 1 own plain bf16
+16/1 128 32,16,64 13+1+2 512 1537 1 own model f32
+8/2 128 32,16,64 13+1+2 512 2500 1 shared model f16
+2/2 64 32,16,64 13+1+2 512 1537 1 shared plain bf16
+4/2 64 16,8,16 3+1+2 64 777 2 own model bf16
+8/2 64 16,8,16 3+1+2 64 1500 1 own model bf16
+16/2 64 32,16,64 13+1+2 512 1500 1 own model bf16
+32/2 64 32,16,64 13+1+2 512 1500 1 own sliced bf16
+9/3 80 16,8,16 5+1+2 100 777 2 own model bf16
+6/1 96 32,32,64 5+1+2 200 1300 1 own plain bf16
+2/1 256 16,16,128 2+1+2 300 1100 1 own model bf16
+2/1 256 16,16,128 2+1+2 300 600 1 own model f32
+8/1 192/128 32,16,64 13+1+2 512 1500 1 own model bf16
+32/1 32 8,4,16 3+1+2 33 777 1 own model bf16
+12/4 32 64,16,64 1+0+2 4096 1500 1 shared model f16
+4/1 16 8,4,8 5+1+1 1 600 1 own model bf16
+2/1 8 2,1,4 2+1+2 9 300 2 own plain f32
+4/2 16 4,4,4 3+2+1 7 257 1 own turned bf16
+8/2 16 8,8,8 4+0+0 20 400 1 own model bf16
+4/2 8 4,2,8 61+1+2 12 777 1 own model bf16
+16/2 128 64,16,64 0+1+2 512 777 1 own model bf16
+8/2 64 12,4,24 4+1+0 60 500 1 own model bf16
+8/2 64 32,16,64 13+1+2 512 1 2 own model bf16
+8/2 64 32,16,64 13+1+2 512 31 1 own model bf16
+32/2 128 32,16,64 13+1+2 512 1+69+1230+1+1699 1 own model bf16
+8/2 64 8,4,16 3+1+2 64 130+1+369+400 1 shared model f32
+3/1 32 16,8,16 2+1+1 20 257+300 1 own sliced bf16
+""")
+BRANCHES = {CASES[i].name for i in (3, 5, 8, 18, 24)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled() -> Iterator[None]:
+    if torch.cuda.is_available() and not os.environ.get("NSA_NO_WARM"):
+        workers = min(len(CASES), max(1, (os.cpu_count() or 2) - 2))
+        shares = [[(case, case.name in BRANCHES) for case in CASES[i::workers]] for i in range(workers)]
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+            list(pool.map(warm_up, shares, ["cuda"] * workers))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def poison() -> None:
+    """What the caching allocator hands out next is NaN."""
+    torch.full((2**28,), float("nan"), device="cuda")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_operator_and_its_gradients_are_the_torch_kernels(case: Case) -> None:
+    poison()
+    assert_the_operator_is_right(case, "cuda")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in BRANCHES], ids=lambda case: case.name)
+def test_each_branch_alone_is_the_torch_kernels_also_on_arbitrary_block_lists(case: Case) -> None:
+    poison()
+    assert_each_branch_is_right(case, "cuda")
+
+
+def leaves(tokens: int, heads: int, kv_heads: int, dim: int) -> list[Tensor]:
+    """q, k, v, k_cmp, v_cmp and gates of the paper's geometry in bfloat16."""
+    blocks = PAPER.num_compressed(tokens)
+    shapes = [(heads, tokens, dim)] + 2 * [(kv_heads, tokens, dim)] + 2 * [(kv_heads, blocks, dim)]
+    tensors = [torch.randn(1, *shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
+    tensors.append(torch.rand(1, heads, tokens, 3, device="cuda", dtype=torch.bfloat16))
+    return [tensor.requires_grad_() for tensor in tensors]
+
+
+def test_the_same_input_gives_the_same_bits_also_where_every_query_selects_the_same_block() -> None:
+    case = CASES[0]
+    x, weights = case.inputs("cuda"), output_gradient(case, "cuda")
+    with torch.no_grad():
+        x.k_cmp[:, :, 60:64] = 0.3 * x.q_cmp.mean((1, 2), keepdim=True) + 0.4
+        x.q_cmp += 0.5
+    (one, indices), (two, again) = (forward_and_backward(case, x, weights) for _ in range(2))
+    chosen = (indices[:, :, 2000:] == 15).any(-1).float().mean()
+    assert chosen > 0.9, "no heavy list"
+    assert torch.equal(indices, again)
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+
+
+def test_more_than_two_to_the_31_elements_of_q_are_the_same_as_few() -> None:
+    """The same sequence in every batch entry, without a copy of its own; then strides beyond int32."""
+    one = [x.detach() for x in leaves(4096, 64, 4, 128)]
+    want, chosen = nsa_attention_and_selection(*one, PAPER, kernel="triton")
+    many = [x.expand(65, -1, -1, -1) for x in one]
+    assert many[0].numel() > 2**31
+    got, indices = nsa_attention_and_selection(*many, PAPER, kernel="triton")
+    for entry in (0, 33, 64):
+        assert torch.equal(got[entry], want[0])
+        assert torch.equal(indices[entry], chosen[0])
+    del got, many
+    wide = torch.empty(1, 64, 4096, 128 * 72, device="cuda", dtype=torch.bfloat16)
+    assert wide.numel() > 2**31
+    q = wide[..., :128]
+    q.copy_(one[0])
+    assert torch.equal(nsa_attention(q, *one[1:], PAPER, kernel="triton"), want)
+
+
+def test_forward_and_backward_never_wait_for_the_device() -> None:
+    x = leaves(1500, 16, 2, 64)
+    nsa_attention(*x, PAPER, kernel="triton").sum().backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        nsa_attention(*x, PAPER, kernel="triton").sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_captured_graph_replays_to_the_bits_of_eager_on_new_inputs() -> None:
+    x, weights = leaves(1500, 16, 2, 64), torch.randn(1, 16, 1500, 64, device="cuda", dtype=torch.bfloat16)
+
+    def both() -> tuple[Tensor, ...]:
+        out = nsa_attention(*x, PAPER, kernel="triton")
+        return out, *torch.autograd.grad(out, x, weights)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        both()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both()
+    with torch.no_grad():
+        for old, new in zip(x, leaves(1500, 16, 2, 64), strict=True):
+            old.copy_(new)
+    graph.replay()
+    for got, want in zip(captured, both(), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_a_traced_operator_has_no_graph_break_and_eagers_bits() -> None:
+    x = leaves(1500, 16, 2, 64)
+
+    def call(*tensors: Any) -> Tensor:
+        return nsa_attention(*tensors, PAPER, kernel="triton")
+
+    want = call(*x)
+    got = torch.compile(call, backend="aot_eager", fullgraph=True)(*x)
+    weights = torch.randn_like(want)
+    assert torch.equal(got, want)
+    for one, other in zip(torch.autograd.grad(got, x, weights), torch.autograd.grad(want, x, weights), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_64k_tokens_forward_and_backward_peak_at_9_gib_at_most() -> None:
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    x = leaves(65536, 64, 4, 128)
+    out = nsa_attention(*x, PAPER, kernel="triton")
+    torch.autograd.grad(out, x, torch.randn_like(out))
+    peak_gib = (torch.cuda.max_memory_allocated() - before) / 2**30
+    print(f"peak {peak_gib:.2f} GiB")
+    assert peak_gib <= 9.0
+
+
+def test_captured_steps_of_small_have_the_losses_and_gradients_of_eager() -> None:
+    """Dropout included: a replay draws what the pass that it stands for would have drawn."""
+    from contextlib import nullcontext
+
+    from nsa_cli.training.graphs import CapturedGradients
+
+    preset = PRESETS["small"]
+    torch.manual_seed(0)
+    model = build_model(
+        ModelConfig(**preset["model"], nsa=NSAConfig(**preset["nsa"])), device="cuda", kernel="triton"
+    ).train()
+    batches = [torch.randint(0, 256, (8, 257), device="cuda") for _ in range(3)]
+
+    def losses(captured: bool) -> list[tuple[float, float]]:
+        torch.manual_seed(1)
+        graphs = CapturedGradients(model, model.parameters(), nullcontext)
+        seen = []
+        for ids in batches:
+            model.zero_grad()
+            if captured:
+                graphs.begin()
+                loss = graphs(ids[:, :-1], ids[:, 1:], 0.5)
+            else:
+                loss = model(ids[:, :-1], ids[:, 1:]) * 0.5
+                loss.backward()
+            norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+            seen.append((loss.item(), norm.item()))
+        return seen
+
+    for (loss, norm), (want, want_norm) in zip(losses(True), losses(False), strict=True):
+        assert loss == pytest.approx(want, rel=1e-5)
+        assert norm == pytest.approx(want_norm, rel=1e-3)
+
+
+def test_the_widest_group_has_a_tile_of_its_own() -> None:
+    assert_the_operator_is_right(parse("128/1 32 8,4,16 2+1+1 20 200 1 own model bf16"), "cuda")
