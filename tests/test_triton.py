@@ -88,8 +88,8 @@ SMALL = {"UNIT_TOKENS": {"forward": 128, "backward": 128}, "LEAST_LIST": 0, "ITE
 @pytest.mark.parametrize("rows", [1, 128, 300])
 def test_chunks_of_units_scores_and_splits_change_nothing(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     """Partials for one unit at a time, for one and a part of the next head, and for several heads."""
-    case = parse("4/2 16 16,8,16 2+1+1 20 150 1 own model f32")
-    a_row = 2 * 2 * 16 * 4
+    case = parse("2/2 16 16,8,16 2+1+1 20 140 1 own model f32")
+    a_row = 2 * 1 * 16 * 4
     patched(monkeypatch, **SMALL, PART_BYTES=dict.fromkeys(("forward", "backward"), rows * a_row), SCORE_ELEMENTS=2000)
     patched(monkeypatch, DKV_PROGRAMS=64)
     with poisoned(torch.device("cpu")):

@@ -223,6 +223,7 @@ def unknown_variables(commands: Mapping[str, Mapping[str, Setting]], environment
     A notice and no error: others may name their variables so, and the tests do (NSA_TEST_SEED).
     """
     known = {f"NSA_{key.upper()}" for settings in commands.values() for setting in settings.values() for key in setting.keys}
+    known.add("NSA_KERNEL_TABLE")  # no setting of a command: nsa_cli.ops.triton.tuning reads it
     lines = []
     for name in sorted(environment):
         if environment[name] and name.startswith("NSA_") and not name.startswith("NSA_TEST_") and name not in known:
