@@ -3,7 +3,7 @@
     attend        attention over one contiguous range of keys: compressed, window, forced blocks
     selection     importance and the exact choice of blocks
     index         the inverted index of a selection
-    selected      selected attention, key blocks outside
+    selected      selected attention, key blocks outside; selected_gradient, its gradients
     gates         what the backward needs of every row
     windows       compression's memory movement
     problem       sizes, packed documents' tables, descriptors of one call

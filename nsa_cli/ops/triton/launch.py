@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nsa_cli.ops.triton import attend, gates, selected, selection, tuning
+from nsa_cli.ops.triton import attend, gates, selected, selected_gradient, selection, tuning
 from nsa_cli.ops.triton.index import Index, build_index
 from nsa_cli.ops.triton.problem import Problem, group_rows, head_rows
 
@@ -326,7 +326,7 @@ def selected_backward(
     d_k_win, d_v_win = head_rows(k_win, finish.keys, p.dk), head_rows(v_win, finish.keys, p.dv)
     for unit0, unit1, row0 in s.chunks():
         if s.index is not None:
-            selected.selected_gradient_parts[(i.most_items(unit1 - unit0, entries) * s.sub,)](
+            selected_gradient.selected_gradient_parts[(i.most_items(unit1 - unit0, entries) * s.sub,)](
                 q, do, k, v, part_dq, part_dk, part_dv, lse, delta, gate, i.entries, i.ends, i.items, i.item_list,
                 i.item_start, p.table("sel_start"), p.table("sel_end"), unit0 * i.blocks, unit1 * i.blocks, row0, p.n,
                 s.a_head, i.blocks, p.scale_log2, p.scale, *_at(q), *_at(do), *_at(k), *_at(v), G=p.g, R=p.r, RP=p.rp,
@@ -335,11 +335,11 @@ def selected_backward(
                 **parts.options(),
             )  # fmt: skip
             heads = (unit1 - 1) // s.a_head - unit0 // s.a_head + 1
-            selected.selected_gradient_sum[(heads * i.blocks * s.sub,)](
+            selected_gradient.selected_gradient_sum[(heads * i.blocks * s.sub,)](
                 part_dk, part_dv, dk, dv, i.items, p.table("sel_start"), p.table("sel_end"), unit0, unit1, p.n, s.a_head,
                 i.blocks, G=p.g, D=p.d, E=p.e, DK=p.dk, DV=p.dv, BLOCK=block, BS=s.bs, SUB=s.sub, PACKED=p.packed, num_warps=8,
             )  # fmt: skip
-        selected.selected_gradient_finish[((unit1 - unit0) * triton.cdiv(s.chunk, m // p.rp),)](
+        selected_gradient.selected_gradient_finish[((unit1 - unit0) * triton.cdiv(s.chunk, m // p.rp),)](
             q, do, d_k, d_v, d_k_win, d_v_win, dq, part_dq, lse, delta, gate, *win_rows, indices, p.table("start"), unit0,
             row0, p.n, s.a_head, s.chunk, cores(p.device), p.scale_log2, p.scale, *_at(q), *_at(do), *_at(dq), G=p.g, R=p.r,
             RP=p.rp, D=p.d,
