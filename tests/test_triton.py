@@ -60,6 +60,18 @@ CASES = table(f"""
 2/1 80 16,8,16 1+1+1 20 40+27 1 own sliced f32
 8/2 16 2,1,4 3+2+1 3 19+22 1 shared turned f32
 2/1 96 12,4,24 1+0+1 31 30+31 1 own model f32
+1/1 32 32,32,64 59+2+2 33 130 1 own model f32
+2/2 192/128 4,2,8 4+2+0 31 35 2 shared plain f32
+6/2 96 12,4,24 3+0+2 1 31 2 shared plain f32
+8/1 96 8,4,16 3+0+2 2 25 2 own turned f32
+3/1 64 8,4,8 13+1+2 2 66 1 shared sliced f32
+4/1 8 4,2,8 0+1+2 512 31 1 shared sliced f32
+8/2 128 64,16,64 0+0+1 40 65 1 own sliced f32
+16/1 128 16,8,16 1+1+2 64 21 2 own plain f32
+32/1 80 16,16,128 0+2+2 4096 17 1 shared turned f32
+4/1 64 32,16,64 1+0+0 7 0+37+0+20+9 1 shared model f32
+2/1 256 8,8,8 4+2+0 33 0+37+0+20+9 1 own turned f32
+6/1 64 4,2,8 0+1+0 2 5+1+1+15 1 shared sliced f32
 """)
 
 
@@ -85,15 +97,40 @@ def patched(monkeypatch: pytest.MonkeyPatch, **values: Any) -> None:
 SMALL = {"UNIT_TOKENS": {"forward": 128, "backward": 128}, "LEAST_LIST": 0, "ITEM": {"forward": 8, "backward": 8}}
 
 
-@pytest.mark.parametrize("rows", [1, 128, 300])
-def test_chunks_of_units_scores_and_splits_change_nothing(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    """Partials for one unit at a time, for one and a part of the next head, and for several heads."""
-    case = parse("2/2 16 16,8,16 2+1+1 20 140 1 own model f32")
-    a_row = 2 * 1 * 16 * 4
-    patched(monkeypatch, **SMALL, PART_BYTES=dict.fromkeys(("forward", "backward"), rows * a_row), SCORE_ELEMENTS=2000)
-    patched(monkeypatch, DKV_PROGRAMS=64)
+@pytest.mark.parametrize(("units", "parts"), [(1, 6), (2, 3), (4, 2)])
+def test_chunks_of_units_scores_and_splits_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, units: int, parts: int
+) -> None:
+    """Partials for one unit at a time; for two, of one key/value head's three and of both heads'; for a head and a part."""
+    from nsa_cli.ops.triton import launch
+
+    line = "4/2 16 16,16,32 1+1+1 20 260 1 own model f32" if units == 2 else "2/2 16 16,16,32 1+1+1 20 260 1 own model f32"
+    case = parse(line)
+    a_row = 4 * case.dim * case.heads // case.kv_heads
+    patched(monkeypatch, **SMALL, PART_BYTES=dict.fromkeys(("forward", "backward"), 128 * units * a_row), SCORE_ELEMENTS=2000)
+    seen, plain, splits = [], launch.Selection.chunks, []
+    monkeypatch.setattr(launch.Selection, "chunks", lambda self: seen.append(plain(self)) or seen[-1])
+    dkv = launch.attend.attend_dkv
+    monkeypatch.setattr(launch.attend, "attend_dkv", Watched(dkv, splits))
     with poisoned(torch.device("cpu")):
         assert_the_operator_is_right(case, "cpu")
+    assert [len(chunks) for chunks in seen] == [parts, parts]
+    assert seen[0][0][:2] == (0, units)
+    assert units != 2 or max(splits) > 1
+
+
+class Watched:
+    """A kernel whose launches' splits of the queries are noted: the leading dimension of dk's parts."""
+
+    def __init__(self, kernel: Any, splits: list[int]) -> None:
+        self.kernel, self.splits = kernel, splits
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*arguments: Any, **constants: Any) -> None:
+            self.splits.append(arguments[4].shape[0])
+            self.kernel[grid](*arguments, **constants)
+
+        return launch
 
 
 @pytest.mark.parametrize("line", ["2/1 32 16,8,32 2+1+1 9 75 1 own plain f32", "2/1 16 16,8,48 2+0+0 9 100 1 own plain f32"])
