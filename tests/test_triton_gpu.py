@@ -19,6 +19,7 @@ from nsa_cli.config import PRESETS, ModelConfig, NSAConfig
 from nsa_cli.model import build_model
 from nsa_cli.ops import nsa_attention
 from nsa_cli.ops.dispatch import nsa_attention_and_selection
+from tests.inputs import relative_l2
 from tests.triton_cases import (
     COLUMNS,
     Case,
@@ -63,6 +64,11 @@ CASES = table(f"""
 32/2 128 32,16,64 13+1+2 512 1+69+1230+1+1699 1 own model bf16
 8/2 64 8,4,16 3+1+2 64 130+1+369+400 1 shared model f32
 3/1 32 16,8,16 2+1+1 20 257+300 1 own sliced bf16
+16/2 64 32,16,64 13+1+2 512 0+700+0+33+1 1 shared sliced bf16
+8/2 64 2,1,4 3+1+0 1 257 1 shared turned f16
+4/4 128 8,4,16 0+0+1 33 1031 2 own plain bf16
+6/2 96 12,4,24 3+0+2 1 777 2 shared turned f16
+4/1 80 8,4,8 13+1+2 33 777 2 own sliced f32
 """)
 BRANCHES = {CASES[i].name for i in (3, 5, 8, 18, 24)}
 
@@ -137,6 +143,26 @@ def test_more_than_two_to_the_31_elements_of_q_are_the_same_as_few() -> None:
     q = wide[..., :128]
     q.copy_(one[0])
     assert torch.equal(nsa_attention(q, *one[1:], PAPER, kernel="triton"), want)
+
+
+def repeated_gradients(one: list[Tensor], weights: Tensor, config: NSAConfig, batch: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Gradients of a sequence alone, and of the same one in every batch entry, without copies of the inputs."""
+    results = []
+    for times in (1, batch):
+        x = [tensor.detach().expand(times, -1, -1, -1).requires_grad_() for tensor in one]
+        out = nsa_attention(*x, config, kernel="triton")
+        results.append(list(torch.autograd.grad(out, x, weights.expand(times, -1, -1, -1))))
+    return results[0], results[1]
+
+
+def test_more_than_two_to_the_31_elements_of_q_have_the_gradients_of_few() -> None:
+    one = leaves(4096, 64, 4, 128)
+    want, got = repeated_gradients(one, torch.randn_like(one[0]), PAPER, 65)
+    assert got[0].numel() > 2**31
+    for entry in (0, 33, 64):
+        assert torch.equal(got[0][entry], want[0][0])
+        for name, many, few in zip("k v k_cmp v_cmp gates".split(), got[1:], want[1:], strict=True):
+            assert relative_l2(many[entry], few[0]) < 5e-3, name  # sums are split otherwise, and rounded to bfloat16
 
 
 def test_forward_and_backward_never_wait_for_the_device() -> None:
