@@ -121,11 +121,14 @@ def _ragged(model: Transformer, ids: Tensor, lengths: list[int], chunk: int) -> 
     for row, length in enumerate(lengths):
         padded[row, length:] = torch.randint(VOCAB, (width - length,))
     cache = model.make_cache(len(lengths), 4)
-    for piece in padded.split(chunk, 1):
-        model(piece, cache=cache)
-    cache.set_lengths(torch.tensor(lengths))
-    assert cache.lengths.tolist() == lengths
     full = model(ids)
+    for start in range(0, width, chunk):
+        counts = [min(max(length - start, 0), chunk) for length in lengths]
+        logits = model(padded[:, start : start + chunk], cache=cache, counts=counts)
+        for row, count in enumerate(counts):
+            here = slice(start, start + count)
+            torch.testing.assert_close(logits[row, :count], full[row, here], atol=TOLERANCE, rtol=TOLERANCE)
+    assert cache.lengths.tolist() == cache.host_lengths == lengths
     for step in range(ids.shape[1] - width):
         here = torch.tensor([length + step for length in lengths])
         rows = torch.arange(len(lengths))
@@ -162,8 +165,7 @@ def test_chosen_and_repeated_rows_of_a_cache_go_on_as_they_would_have(case: tupl
     model, ids = _model(_sparse(case)), _ids(3, 50)
     lengths = torch.tensor([20, 11, 25])
     cache = model.make_cache(3, 25)
-    model(ids[:, :25], cache=cache)
-    cache.set_lengths(lengths)
+    model(ids[:, :25], cache=cache, counts=lengths.tolist())
     picked = torch.tensor([2, 0, 2])
     branch = cache.select(picked)
     full, again = model(ids), model(ids[picked])
@@ -179,14 +181,18 @@ def test_chosen_and_repeated_rows_of_a_cache_go_on_as_they_would_have(case: tupl
 @pytest.mark.parametrize("case", CASES[:4], ids=_name)
 @torch.inference_mode()
 def test_tokens_that_were_taken_back_leave_no_trace(case: tuple[object, ...]) -> None:
-    """Shrinking to any length, then going on with other tokens."""
+    """Back to a mark, then on with other tokens, in pieces and one by one."""
     model, ids = _model(_sparse(case)), _ids(1, 48)
-    for kept in (1, 7, 8, 24, 39):
+    full = model(ids)
+    for kept, pieces in ((1, 3), (7, 1), (8, 40), (24, 1), (39, 3)):
         cache = model.make_cache(1, 64)
-        model(torch.cat([ids[:, :kept], _ids(1, 40 - kept)], 1), cache=cache)
-        cache.set_lengths([kept])
-        logits = torch.cat([model(piece, cache=cache) for piece in ids[:, kept:].split(3, 1)], 1)
-        torch.testing.assert_close(logits, model(ids)[:, kept:], atol=TOLERANCE, rtol=TOLERANCE)
+        model(ids[:, :kept], cache=cache)
+        mark = cache.mark()
+        for piece in _ids(1, 40 - kept).split(pieces, 1):
+            model(piece, cache=cache)
+        cache.back_to(mark)
+        logits = torch.cat([model(piece, cache=cache) for piece in ids[:, kept:].split(pieces, 1)], 1)
+        torch.testing.assert_close(logits, full[:, kept:], atol=TOLERANCE, rtol=TOLERANCE)
 
 
 def test_the_cases_cover_every_pair_of_choices() -> None:

@@ -144,15 +144,18 @@ class Script:
     def train(self, mode: bool = True) -> Script:
         return self
 
-    def __call__(self, ids: Tensor, cache: ScriptCache) -> Tensor:
+    def __call__(self, ids: Tensor, cache: ScriptCache, counts: Sequence[int] | None = None, last: bool = False) -> Tensor:
         logits = torch.zeros(*ids.shape, self.config.vocab_size)
+        counts = counts or [ids.shape[1]] * len(ids)
         for row, new in enumerate(ids.tolist()):
-            for place, token in enumerate(new):
+            for place, token in enumerate(new[: counts[row]]):
                 cache.rows[row].append(token)
                 text = bytes(cache.rows[row])
                 prompt = max((p for p in self.answers if text.startswith(p)), key=len, default=None)
                 said = b"" if prompt is None else self.answers[prompt][len(text) - len(prompt) :]
                 logits[row, place, said[0] if said else ord("z")] = 50.0
+        if last:
+            return logits[torch.arange(len(ids)), torch.tensor(counts) - 1][:, None]
         return logits
 
     def make_cache(self, batch: int, capacity: int) -> ScriptCache:
@@ -164,9 +167,6 @@ class ScriptCache:
 
     def __init__(self, rows: list[list[int]]) -> None:
         self.rows = rows
-
-    def set_lengths(self, lengths: Tensor) -> None:
-        self.rows = [row[:length] for row, length in zip(self.rows, lengths.tolist(), strict=True)]
 
     def select(self, rows: Tensor) -> ScriptCache:
         return ScriptCache([list(self.rows[i]) for i in rows.tolist()])

@@ -117,7 +117,7 @@ def measure_prefill_and_decode(bench: Bench, subject: Subject) -> tuple[Figures,
 
     def prefill() -> tuple[Tensor, Cache]:
         cache = model.make_cache(subject.batch, tokens)
-        return model(ids, cache=cache), cache
+        return model(ids, cache=cache, last=True), cache
 
     with torch.inference_mode():
         peak, before = bench.peak_and_seconds(lambda: kept.append(prefill()))

@@ -29,7 +29,6 @@ TOKEN_BUDGET = 1 << 15
 MAX_ROWS = 128
 PREFILL_TOKENS = 8192
 """Prompt tokens of a batch that one forward pass reads."""
-_LOGITS_BUDGET = 1 << 27
 _WINDOW = 8 * MAX_ROWS
 _RESERVED_TOKENS = 1024
 
@@ -136,7 +135,7 @@ def decode(
     try:
         with torch.inference_mode():
             for batch in plan_batches(rows, config.continuations, token_budget):
-                chunk = max(1, min(prefill_tokens, _LOGITS_BUDGET // model.config.vocab_size) // len(batch))
+                chunk = max(1, prefill_tokens // len(batch))
                 width = max(rows[i] for i in batch)
                 wave = max(1, min(MAX_ROWS, token_budget // width))
                 run.batch([(i, prompts[i]) for i in batch], wave, chunk, use_cache)
@@ -300,15 +299,15 @@ class _Run:
         ids = _padded(prompts, self.model.device)
         rows, width = ids.shape
         cache = self.model.make_cache(rows, width + min(self.config.max_tokens, _RESERVED_TOKENS))
-        last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=ids.device)
+        lengths = [len(prompt) for prompt in prompts]
         found = torch.empty(rows, self.model.config.vocab_size, dtype=torch.float32, device=ids.device)
         for start in range(0, width, chunk):
             if self._stopping():
                 raise _Interrupted
-            logits = self.model(ids[:, start : start + chunk], cache=cache)
-            here = ((last >= start) & (last < start + chunk)).nonzero()[:, 0]
-            found[here] = logits[here, last[here] - start].float()
-        cache.set_lengths(last + 1)
+            counts = [min(max(length - start, 0), chunk) for length in lengths]
+            logits = self.model(ids[:, start : start + chunk], cache=cache, counts=counts, last=True)
+            here = [i for i, length in enumerate(lengths) if start < length <= start + chunk]
+            found[here] = logits[here, 0]
         return _Cached(self.model, cache), found
 
     def _draw(self, decoder: _Decoder, logits: Tensor, rows: list[_Row], started: float) -> None:

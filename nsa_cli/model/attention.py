@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nsa_cli.config import ModelConfig
-from nsa_cli.model.cache import Cache, LayerCache
+from nsa_cli.model.cache import Cache, LayerCache, Span
 from nsa_cli.model.rotary import Rotary, rotate
 
 MASK_ELEMENTS = 2**25
@@ -27,7 +27,8 @@ class Geometry:
     positions: int64 [t], or [b, t] behind a filled cache. angles: float32 [t, d] or [b, 1, t, d].
     cu_seqlens: packed documents, or None. block_starts: for packed documents, the first token of every compressed block;
     block_positions: each compressed block's first position in its document.
-    cache: the sequences so far, or None. first: whether the cache is empty, so that the pass is an ordinary one.
+    cache: the sequences so far, or None; span: where in it the pass's tokens go. first: whether the cache is empty, so that
+    the pass is an ordinary one.
     """
 
     rotary: Rotary
@@ -37,20 +38,8 @@ class Geometry:
     block_starts: Tensor | None = None
     block_positions: Tensor | None = None
     cache: Cache | None = None
+    span: Span | None = None
     first: bool = True
-
-    def append(self, layer: LayerCache, name: str, x: Tensor) -> Tensor:
-        """Write the pass's tokens x [b, g, t, d] into a buffer; all tokens so far [b, g, s, d] come back."""
-        assert self.cache is not None
-        cache, tokens = self.cache, x.shape[2]
-        longest = cache.longest + tokens
-        if cache.uniform:
-            buffer = layer.write(name, x, None, slice(longest - tokens, longest), cache.capacity)
-        else:
-            rows = torch.arange(x.shape[0], device=x.device).repeat_interleave(tokens)
-            flat = rearrange(x, "b g t d -> (b t) g d")
-            buffer = layer.write(name, flat, rows, self.positions.flatten(), cache.capacity)
-        return buffer[:, :, :longest]
 
 
 class DenseAttention(nn.Module):
@@ -71,16 +60,26 @@ class DenseAttention(nn.Module):
         q = rotate(rearrange(self.to_q(x), "b t (h d) -> b h t d", h=self.heads), geometry.angles)
         k = rotate(rearrange(self.to_k(x), "b t (g d) -> b g t d", g=self.kv_heads), geometry.angles)
         v = rearrange(self.to_v(x), "b t (g d) -> b g t d", g=self.kv_heads)
-        all_k, all_v = k, v
         if layer is not None:
-            all_k, all_v = geometry.append(layer, "k", k), geometry.append(layer, "v", v)
-        first, positions = geometry.first, geometry.positions
-        out = self._causal(q, k, v, geometry.cu_seqlens) if first else self._cached(q, all_k, all_v, positions)
+            cache, span = geometry.cache, geometry.span
+            assert cache is not None
+            assert span is not None
+            all_k, all_v = (layer.append(name, x, span, cache.capacity) for name, x in (("k", k), ("v", v)))
+        if geometry.first:
+            out = self._causal(q, k, v, geometry.cu_seqlens)
+        else:
+            tokens = max(span.starts) + x.shape[1]
+            out = self._cached(q, all_k[:, :, :tokens], all_v[:, :, :tokens], geometry.positions, span)
         return self.to_out(rearrange(out, "b h t d -> b t (h d)"))
 
-    def _cached(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+    def _cached(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, span: Span) -> Tensor:
         """q [b, h, t, d] at positions [b, t] against a cache; queries go in chunks that keep the mask small."""
         s, chunk = torch.arange(k.shape[2], device=q.device), max(MASK_ELEMENTS // k.shape[2], 1)
+        if q.shape[2] == 1:
+            # A group's heads as the rows of one product; rows of one length see all there is.
+            rows = q.view(q.shape[0], self.kv_heads, -1, q.shape[3])
+            seen = None if span.uniform else s <= positions[:, None, None]
+            return F.scaled_dot_product_attention(rows, k, v, attn_mask=seen).view(q.shape)
         return torch.cat(
             [
                 F.scaled_dot_product_attention(

@@ -8,6 +8,7 @@ unturned (compress_rope "none") or turned at each block's first position ("block
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 
 from nsa_cli.config import ModelConfig
 from nsa_cli.model.attention import Geometry
-from nsa_cli.model.cache import LayerCache
+from nsa_cli.model.cache import Cache, LayerCache, Span
 from nsa_cli.model.compress import make_compression
 from nsa_cli.model.rotary import rotate
+from nsa_cli.ops import compressed_attention, selected_attention, window_attention
+from nsa_cli.ops.decode import decode_attention
 from nsa_cli.ops.dispatch import nsa_attention_and_selection
 
 Recorder = Callable[[Tensor, Tensor, Tensor, Tensor], None]
@@ -62,23 +65,21 @@ class SparseAttention(nn.Module):
         k_slc = rotate(k_slc, geometry.angles)
         k_win = rotate(k_win, geometry.angles) if self.sets == 3 else k_slc
         q_cmp = turned if self.nsa.compress_rope == "block" else q
-        if layer is not None:
-            caches = self._append(geometry, layer, (k_raw, v_raw, k_slc, v_slc, k_win, v_win))
+        new = Tokens(k_raw, v_raw, k_slc, v_slc, k_win, v_win)
         if geometry.first:
             k_cmp = self._compress_keys(k_raw, geometry)
-            v_cmp = self.compress_v.compress(v_raw, geometry.block_starts, self.kernel)
+            v_cmp = self.compress_v.compress(v_raw, geometry.block_starts, self.kernel).to(turned.dtype)
+            k_cmp = k_cmp.to(turned.dtype)
+            out, block_indices = nsa_attention_and_selection(
+                turned, k_slc, v_slc, k_cmp, v_cmp, gates, self.nsa, q_cmp=q_cmp, k_win=k_win, v_win=v_win,
+                kernel=self.kernel, cu_seqlens=geometry.cu_seqlens,
+            )  # fmt: skip
             if layer is not None:
-                self._store_blocks(geometry, layer, k_cmp, v_cmp)
-            positions = None
+                self._fill(geometry, layer, new, k_cmp, v_cmp)
         else:
-            k_slc, v_slc, k_win, v_win, k_cmp, v_cmp = self._extend_blocks(geometry, layer, *caches)
-            positions = geometry.positions
-        dtype = turned.dtype
-        k_cmp, v_cmp = k_cmp.to(dtype), v_cmp.to(dtype)
-        out, block_indices = nsa_attention_and_selection(
-            turned, k_slc, v_slc, k_cmp, v_cmp, gates, self.nsa, q_cmp=q_cmp, k_win=k_win, v_win=v_win,
-            kernel=self.kernel, cu_seqlens=geometry.cu_seqlens, positions=positions,
-        )  # fmt: skip
+            assert layer is not None
+            attend = self._decode if x.shape[1] == 1 else self._continue
+            out, block_indices, k_cmp = attend(geometry, layer, turned, q_cmp, new, gates)
         if self.recorder is not None:
             self.recorder(q_cmp, k_cmp, block_indices, gates)
         return self.to_out(rearrange(out, "b h t d -> b t (h d)"))
@@ -98,45 +99,105 @@ class SparseAttention(nn.Module):
             starts = torch.arange(k_cmp.shape[2], device=k_cmp.device) * self.nsa.compress_stride
         return rotate(k_cmp, geometry.rotary.angles(starts))
 
-    def _append(self, geometry: Geometry, layer: LayerCache, new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Cache this pass's tokens; everything so far comes back in the same order, shared sets stored once."""
-        names = ("k_raw", "v_raw", "k_slc", "v_slc", "k_win", "v_win")
-        if self.sets == 1:
-            k_raw, v_raw, k_slc = (geometry.append(layer, n, x) for n, x in zip(names[:3], new[:3], strict=True))
-            return k_raw, v_raw, k_slc, v_raw, k_slc, v_raw
-        return tuple(geometry.append(layer, n, x) for n, x in zip(names, new, strict=True))
+    def _block_capacity(self, cache: Cache) -> int:
+        return max(self.nsa.num_compressed(cache.capacity), 1)
 
-    def _store_blocks(self, geometry: Geometry, layer: LayerCache, k_cmp: Tensor, v_cmp: Tensor) -> None:
-        assert geometry.cache is not None
-        capacity = max(self.nsa.num_compressed(geometry.cache.capacity), 1)
+    def _fill(self, geometry: Geometry, layer: LayerCache, new: Tokens, k_cmp: Tensor, v_cmp: Tensor) -> None:
+        """Store a first pass. Blocks that reach into padding are overwritten once they are complete."""
+        cache, span = geometry.cache, geometry.span
+        assert cache is not None
+        assert span is not None
+        capacity = self._block_capacity(cache)
         for name, x in (("k_cmp", k_cmp), ("v_cmp", v_cmp)):
-            layer.write(name, x, None, slice(0, x.shape[2]), capacity)
+            layer.buffer(name, x, capacity)[:, :, : x.shape[2]] = x
+        layer.append("k_slc", new.k_slc, span, cache.capacity)
+        layer.append("v_slc", new.v_slc, span, cache.capacity)
+        self._remember(layer, new, span)
 
-    def _extend_blocks(
-        self, geometry: Geometry, layer: LayerCache | None, k_raw: Tensor, v_raw: Tensor, *keys: Tensor
-    ) -> tuple[Tensor, ...]:
-        """Compress the blocks that this pass completed, and return the other caches with all blocks so far."""
-        assert layer is not None
-        assert geometry.cache is not None
-        cache, nsa, device = geometry.cache, self.nsa, k_raw.device
-        tokens = geometry.positions.shape[1]
+    def _remember(self, layer: LayerCache, new: Tokens, span: Span) -> None:
+        """The rings take the pass's tokens."""
+        pending, window = self.nsa.compress_block - 1, self.nsa.window
+        layer.remember("k_raw_ring", new.k_raw, span, pending)
+        if self.sets == 3:
+            layer.remember("v_raw_ring", new.v_raw, span, pending)
+            layer.remember("k_win_ring", new.k_win, span, window)
+            layer.remember("v_win_ring", new.v_win, span, window)
+
+    def _store(self, geometry: Geometry, layer: LayerCache, new: Tokens) -> tuple[Cache, Span, list[Tensor]]:
+        """Cache the pass's tokens and the blocks they complete, but for the rings: (cache, span, [k, v, k_cmp, v_cmp])."""
+        cache, span = geometry.cache, geometry.span
+        assert cache is not None
+        assert span is not None
+        names = (("k_slc", new.k_slc), ("v_slc", new.v_slc))
+        whole = [layer.append(name, x, span, cache.capacity) for name, x in names]
+        self._compress_new(geometry, layer, new, span, self._block_capacity(cache))
+        return cache, span, whole + [layer.buffer(n, new.k_slc, self._block_capacity(cache)) for n in ("k_cmp", "v_cmp")]
+
+    def _continue(
+        self, geometry: Geometry, layer: LayerCache, q: Tensor, q_cmp: Tensor, new: Tokens, gates: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Several tokens behind a filled cache: (out, block_indices, k_cmp)."""
+        _, span, (k, v, k_cmp, v_cmp) = self._store(geometry, layer, new)
+        nsa, tokens = self.nsa, max(span.starts) + q.shape[2]
+        k_cmp, v_cmp = (x[:, :, : nsa.num_compressed(tokens)] for x in (k_cmp, v_cmp))
+        k, v = k[:, :, :tokens], v[:, :, :tokens]
+        options: dict[str, Any] = {"kernel": self.kernel, "positions": geometry.positions}
+        o_cmp, block_indices = compressed_attention(q_cmp, k_cmp, v_cmp, nsa, **options)
+        o_slc = selected_attention(q, k, v, block_indices, nsa, **options)
+        if self.sets == 3:
+            k, base = layer.recent("k_win_ring", new.k_win, span, nsa.window, nsa.window - 1)
+            v, _ = layer.recent("v_win_ring", new.v_win, span, nsa.window, nsa.window - 1)
+            options["positions"] = geometry.positions - base[:, None]
+        o_win = window_attention(q, k, v, nsa, **options)
+        self._remember(layer, new, span)
+        g_cmp, g_slc, g_win = gates.unsqueeze(-1).unbind(-2)
+        return (g_cmp * o_cmp + g_slc * o_slc + g_win * o_win).to(q.dtype), block_indices, k_cmp
+
+    def _decode(
+        self, geometry: Geometry, layer: LayerCache, q: Tensor, q_cmp: Tensor, new: Tokens, gates: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One token behind a filled cache: (out, block_indices, k_cmp)."""
+        _, span, (k, v, k_cmp, v_cmp) = self._store(geometry, layer, new)
+        self._remember(layer, new, span)
+        out, block_indices = decode_attention(
+            q, k, v, k_cmp, v_cmp, gates, self.nsa, lengths=[start + 1 for start in span.starts], positions=span.first,
+            q_cmp=q_cmp, k_win=layer.buffers.get("k_win_ring"), v_win=layer.buffers.get("v_win_ring"),
+        )  # fmt: skip
+        return out, block_indices, k_cmp
+
+    def _compress_new(self, geometry: Geometry, layer: LayerCache, new: Tokens, span: Span, capacity: int) -> None:
+        """Compress the blocks that this pass completes, and store them."""
+        nsa, pending = self.nsa, self.nsa.compress_block - 1
         pairs = [
             (row, block)
-            for row, length in enumerate(cache.host_lengths)
-            for block in range(nsa.num_compressed(length), nsa.num_compressed(length + tokens))
+            for row, (start, end) in enumerate(zip(span.starts, span.ends, strict=True))
+            for block in range(nsa.num_compressed(start), nsa.num_compressed(end))
         ]
-        if pairs:
-            rows, blocks = torch.tensor(pairs, device=device).unbind(-1)
-            capacity = max(nsa.num_compressed(cache.capacity), 1)
-            starts = blocks * nsa.compress_stride
-            inside = starts[:, None] + torch.arange(nsa.compress_block, device=device)
-            k_new, v_new = (
-                rearrange(x[rows[:, None], :, inside], "p l g d -> p g 1 l d") for x in (k_raw, v_raw)
-            )
-            k_cmp, v_cmp = self.compress_k(k_new), self.compress_v(v_new)
-            if nsa.compress_rope == "block":
-                k_cmp = rotate(k_cmp, geometry.rotary.angles(starts)[:, None, None])
-            layer.write("k_cmp", k_cmp[:, :, 0], rows, blocks, capacity)
-            layer.write("v_cmp", v_cmp[:, :, 0], rows, blocks, capacity)
-        count = nsa.num_compressed(cache.longest + tokens)
-        return *keys, layer.buffers["k_cmp"][:, :, :count], layer.buffers["v_cmp"][:, :, :count]
+        if not pairs:
+            return
+        rows, blocks = torch.tensor(pairs).to(new.k_raw.device).unbind(-1)
+        starts = blocks * nsa.compress_stride
+        inside = starts[:, None] + torch.arange(nsa.compress_block, device=starts.device)
+        k, base = layer.recent("k_raw_ring", new.k_raw, span, pending, pending)
+        at, recent = rows[:, None], inside - base[rows][:, None]
+        if self.sets == 3:
+            v_new = layer.recent("v_raw_ring", new.v_raw, span, pending, pending)[0][at, :, recent]
+        else:
+            v_new = layer.buffers["v_slc"][at, :, inside]
+        k_new, v_new = (rearrange(x, "p l g d -> p g 1 l d") for x in (k[at, :, recent], v_new))
+        k_cmp, v_cmp = self.compress_k(k_new), self.compress_v(v_new)
+        if nsa.compress_rope == "block":
+            k_cmp = rotate(k_cmp, geometry.rotary.angles(starts)[:, None, None])
+        layer.put("k_cmp", k_cmp[:, :, 0], rows, blocks, capacity, new.k_slc)
+        layer.put("v_cmp", v_cmp[:, :, 0], rows, blocks, capacity, new.v_slc)
+
+
+class Tokens(NamedTuple):
+    """Keys and values [b, g, t, d] of one pass: before compression and rotary, of the selected branch, of the window."""
+
+    k_raw: Tensor
+    v_raw: Tensor
+    k_slc: Tensor
+    v_slc: Tensor
+    k_win: Tensor
+    v_win: Tensor

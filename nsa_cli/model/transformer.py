@@ -7,6 +7,7 @@ steps of `tiny` on tinyshakespeare.) Gates start at 1/2, so that every branch is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -92,20 +93,32 @@ class Transformer(nn.Module):
         targets: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         cache: Cache | None = None,
+        counts: Sequence[int] | None = None,
+        last: bool = False,
     ) -> Tensor:
         """Logits float32 [b, t, vocab] of ids int64 [b, t]; with targets, the mean cross-entropy in nats, a scalar.
 
         targets: int64 [b, t], -1 where nothing is to be predicted. cu_seqlens: int32 [documents + 1], with b = 1: attention and
         positions start anew in every document. cache: the ids continue each of its sequences, and are added to it.
+        counts: with a cache, how many of each row's ids are real; what follows is padding on the right. last: logits of each
+        row's last real token alone, [b, 1, vocab]; of a row with none, whatever.
         Raises ValueError for wrong shapes, dtypes or ids outside of the vocabulary's range (on a CPU).
         """
         self._check(ids, targets, cu_seqlens, cache)
-        geometry = self._geometry(ids, cu_seqlens, cache)
+        if counts is not None and cache is None:
+            raise ValueError("counts goes with a cache: padding on the right changes nothing before it")
+        geometry = self._geometry(ids, cu_seqlens, cache, counts)
         x = self.dropout(self.token_emb(ids))
         for i, block in enumerate(self.layers):
             x = block(x, geometry, None if cache is None else cache.layers[i])
-        if cache is not None:
-            cache.host_lengths = [n + ids.shape[1] for n in cache.host_lengths]
+        if cache is not None and geometry.span is not None:
+            cache.advance(geometry.span)
+        if last and ids.shape[1] > 1:
+            if counts is None:
+                x = x[:, -1:]
+            else:
+                at = torch.tensor([max(n - 1, 0) for n in counts]).to(x.device)
+                x = x[torch.arange(len(x), device=x.device), at][:, None]
         x = self.norm(x)
         logits = (F.linear(x, self.token_emb.weight) if self.to_logits is None else self.to_logits(x)).float()
         if targets is None:
@@ -116,21 +129,22 @@ class Transformer(nn.Module):
 
     def make_cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache for `batch` sequences of `capacity` tokens; it grows when more come."""
-        return Cache(self.config.depth, batch, capacity, self.device)
+        return Cache(self.config, batch, capacity, self.device)
 
     def gate_means(self) -> list[list[float]]:
         """Mean gate [cmp, slc, win] of every layer in the last training pass; [] for a dense model or before one."""
         means = [getattr(block.attn, "gate_mean", None) for block in self.layers]
         return [mean.tolist() for mean in means if mean is not None]
 
-    def _geometry(self, ids: Tensor, cu_seqlens: Tensor | None, cache: Cache | None) -> Geometry:
+    def _geometry(
+        self, ids: Tensor, cu_seqlens: Tensor | None, cache: Cache | None, counts: Sequence[int] | None
+    ) -> Geometry:
         tokens, device = ids.shape[1], ids.device
-        if cache is not None:
-            cache.reserve(cache.longest + tokens)
+        span = None if cache is None else cache.span(tokens, counts)
         if cache is not None and cache.longest > 0:
             positions = cache.lengths[:, None] + torch.arange(tokens, device=device)
             angles = self.rotary.angles(positions)[:, None]
-            return Geometry(self.rotary, positions, angles, cache=cache, first=False)
+            return Geometry(self.rotary, positions, angles, cache=cache, span=span, first=False)
         positions = torch.arange(tokens, device=device)
         starts = block_positions = None
         if cu_seqlens is not None:
@@ -144,7 +158,7 @@ class Transformer(nn.Module):
                 block_positions = torch.cat(steps)
                 starts = torch.cat([start + step for start, step in zip(ends, steps, strict=False)])
         return Geometry(
-            self.rotary, positions, self.rotary.angles(positions), cu_seqlens, starts, block_positions, cache
+            self.rotary, positions, self.rotary.angles(positions), cu_seqlens, starts, block_positions, cache, span
         )
 
     def _check(self, ids: Tensor, targets: Tensor | None, cu_seqlens: Tensor | None, cache: Cache | None) -> None:
