@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from nsa_cli.config import COMPRESSIONS, ModelConfig, NSAConfig
 from nsa_cli.model import accounting, build_model
+from nsa_cli.model.trace import record
 from nsa_cli.ops import reference
 
 PAPER = NSAConfig()
@@ -131,23 +133,72 @@ def test_sparse_model_flops_count_networks_gates_and_importance_once() -> None:
     assert flops.training == pytest.approx(6 * matrices + 3 * networks + forward + backward)
 
 
-def test_dense_cache_bytes_are_the_real_caches_and_sparse_ones_a_lower_bound() -> None:
-    for nsa in (None, SMALL, NSAConfig(**{**SMALL.__dict__, "branch_kv": "shared"})):
-        config = ModelConfig(dim=32, depth=2, heads=4, kv_heads=2, dim_head=8, nsa=nsa)
-        model = build_model(config).eval()
-        for tokens in (1, 7, 8, 61):
-            cache = model.make_cache(1, tokens)
-            with torch.no_grad():
-                model(torch.zeros(1, tokens, dtype=torch.int64), cache=cache)
-            needed = accounting.cache_bytes(config, tokens, 4)
-            assert needed == cache.nbytes if nsa is None else needed <= cache.nbytes
+CACHED = [None, SMALL, NSAConfig(**{**SMALL.__dict__, "branch_kv": "shared"})]
 
 
-def test_pending_tokens_of_a_sparse_cache_are_those_of_the_next_block() -> None:
+@pytest.mark.parametrize("nsa", CACHED, ids=["dense", "independent", "shared"])
+def test_a_cache_takes_the_bytes_of_the_formula_and_not_three_copies(nsa: NSAConfig | None) -> None:
+    config = ModelConfig(dim=32, depth=2, heads=4, kv_heads=2, dim_head=8, nsa=nsa)
+    model = build_model(config).eval()
+    for tokens in (1, 7, 8, 61, 700):
+        cache = model.make_cache(3, tokens)
+        with torch.no_grad():
+            model(torch.zeros(3, tokens, dtype=torch.int64), cache=cache)
+            assert cache.nbytes == 3 * accounting.cache_bytes(config, tokens, 4)
+            model(torch.zeros(3, 1, dtype=torch.int64), cache=cache)
+        assert cache.capacity > tokens
+        assert cache.nbytes == 3 * accounting.cache_bytes(config, cache.capacity, 4)
+    dense = accounting.cache_bytes(replace(config, nsa=None), 100_000, 4)
+    assert accounting.cache_bytes(config, 100_000, 4) < (1 + 1 / SMALL.compress_stride + 0.001) * dense
+
+
+def test_rings_hold_the_window_and_the_tokens_of_the_next_block() -> None:
     config = ModelConfig(nsa=NSAConfig(**{**SMALL.__dict__, "branch_kv": "shared"}), depth=1)
     one = config.kv_heads * config.dim_head * 4
     assert accounting.cache_bytes(config, 7, 4) == one * (2 * 7 + 7)
-    assert accounting.cache_bytes(config, 8, 4) == one * (2 * (8 + 1) + 4)
-    assert accounting.cache_bytes(config, 12, 4) == one * (2 * (12 + 2) + 4)
+    assert accounting.cache_bytes(config, 8, 4) == one * (2 * (8 + 1) + 7)
+    assert accounting.cache_bytes(config, 12, 4) == one * (2 * (12 + 2) + 7)
     own = ModelConfig(nsa=SMALL, depth=1)
-    assert accounting.cache_bytes(own, 40, 4) == 2 * one * (40 + 9 + 4 + 32)
+    assert accounting.cache_bytes(own, 40, 4) == 2 * one * (40 + 9 + 7 + 32)
+
+
+@pytest.mark.parametrize("nsa", CACHED, ids=["dense", "independent", "shared"])
+@pytest.mark.parametrize("tokens", [5, 33, 90, 205])
+def test_a_step_reads_the_bytes_of_the_formula_and_no_others(nsa: NSAConfig | None, tokens: int) -> None:
+    """Every place that the formula does not count is made NaN, and the step's logits stay as they were."""
+    config = ModelConfig(vocab_size=211, dim=32, depth=1, heads=4, kv_heads=2, dim_head=8, nsa=nsa)
+    model = build_model(config).eval()
+    ids = torch.randperm(211)[None, :tokens]
+    cache = model.make_cache(1, 300)
+    with torch.no_grad():
+        if tokens > 1:
+            model(ids[:, :-1], cache=cache)
+        mark = cache.mark()
+        with record(model) as layers:
+            want = model(ids[:, -1:], cache=cache)
+        cache.back_to(mark)
+        read = 0
+        for name, buffer in cache.layers[0].buffers.items():
+            kept = torch.zeros(2, buffer.shape[2], dtype=torch.bool)
+            if nsa is None:
+                kept[:, :tokens] = True
+            elif name in ("k_cmp", "v_cmp"):
+                kept[:, : nsa.num_compressed(tokens)] = True
+            elif name in ("k_slc", "v_slc"):
+                blocks = layers[0].block_indices[0, :, 0]
+                for head in range(2):
+                    for block in blocks[head][blocks[head] >= 0].tolist():
+                        kept[head, block * nsa.select_block : min((block + 1) * nsa.select_block, tokens)] = True
+            else:
+                kept[:, : min(tokens, buffer.shape[2])] = True
+            if not name.endswith("raw_ring"):
+                read += int(kept.sum()) * buffer.shape[3] * 4
+            if nsa is not None and nsa.branch_kv == "shared" and name in ("k_slc", "v_slc"):
+                kept[:, max(0, tokens - nsa.window) : tokens] = True
+            buffer.masked_fill_(~kept[None, :, :, None], float("nan"))
+        got = model(ids[:, -1:], cache=cache)
+    assert torch.equal(got, want)
+    if nsa is not None and nsa.branch_kv == "shared":  # the window reads the selected branch's keys once more
+        read += 2 * 2 * 8 * 4 * min(nsa.window, tokens)
+    assert read == accounting.decode_read_bytes(config, tokens, 4)
+

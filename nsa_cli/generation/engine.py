@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from nsa_cli.errors import ExitCode, NsaError
 from nsa_cli.generation.sampling import GumbelSource, SamplingConfig, choose, log_probabilities
 from nsa_cli.model import Transformer
+from nsa_cli.model.accounting import parameters_by_part
 
 FinishReason = Literal["stop", "length", "interrupted"]
 OnToken = Callable[[int, int, int], bool]
@@ -29,6 +31,8 @@ TOKEN_BUDGET = 1 << 15
 MAX_ROWS = 128
 PREFILL_TOKENS = 8192
 """Prompt tokens of a batch that one forward pass reads."""
+SHARED_STEP = 1 << 24
+"""Weights times rows from which a decoding step on a CPU is worth more than one thread."""
 _WINDOW = 8 * MAX_ROWS
 _RESERVED_TOKENS = 1024
 
@@ -175,6 +179,19 @@ def _check_prompts(prompts: Sequence[Sequence[int]], vocab: int) -> None:
             raise ValueError(f"prompt {i} holds token {wrong}: the model knows 0 to {vocab - 1}")
 
 
+@contextmanager
+def _few_threads(model: Transformer, rows: int) -> Iterator[None]:
+    """One CPU thread inside where a step is too small to share: waiting for the other threads would cost more than they do
+    (and ten times as much when something else has their core)."""
+    before = torch.get_num_threads()
+    if model.device.type == "cpu" and rows * parameters_by_part(model.config)["total"] < SHARED_STEP:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class _Decoder(Protocol):
     """Some sequences, and how they grow by a token."""
 
@@ -312,6 +329,10 @@ class _Run:
 
     def _draw(self, decoder: _Decoder, logits: Tensor, rows: list[_Row], started: float) -> None:
         """One token a row a step, from the logits of what follows each, until every row has ended."""
+        with _few_threads(self.model, len(rows)):
+            self._draw_rows(decoder, logits, rows, started)
+
+    def _draw_rows(self, decoder: _Decoder, logits: Tensor, rows: list[_Row], started: float) -> None:
         config, decode_started = self.config, time.perf_counter()
         gumbel: GumbelSource | None = None
         if config.temperature > 0:

@@ -186,21 +186,19 @@ def model_flops_per_token(config: ModelConfig, tokens: int | None = None) -> Mod
 
 
 def cache_bytes(config: ModelConfig, tokens: int, itemsize: int) -> int:
-    """Bytes of keys and values that decoding needs after N tokens of one sequence, in all layers.
+    """Bytes of a cache with room for N tokens of one sequence, in all layers: what `Cache.nbytes` says.
 
-    itemsize: bytes of one number. Dense: k and v of N tokens. Sparse: those of the selected branch (N tokens); the M
-    compressed blocks; the N - M d last tokens, of which the next blocks will be made; and the last w tokens of the
-    window. With shared keys and values the window needs none of its own, and the last tokens only their keys, before
-    rotary. A cache that keeps more, in order to shrink again, reports its own size.
+    itemsize: bytes of one number. Dense: k and v of N tokens. Sparse: those of the selected branch (N tokens), those of the
+    M compressed blocks, and two rings: the last w tokens of the window, and the last l - 1, of which the next blocks will
+    be made. With shared keys and values the window needs no ring, and the last tokens only their keys, before rotary.
     """
     nsa, per_token = config.nsa, 2 * config.kv_heads * config.dim_head * itemsize * config.depth
     if nsa is None:
         return per_token * tokens
-    blocks = nsa.num_compressed(tokens)
-    pending = tokens - blocks * nsa.compress_stride
+    stored, pending = tokens + nsa.num_compressed(tokens), nsa.compress_block - 1
     if nsa.branch_kv == "shared":
-        return per_token * (tokens + blocks) + per_token // 2 * pending
-    return per_token * (tokens + blocks + pending + min(nsa.window, tokens))
+        return per_token * stored + per_token // 2 * pending
+    return per_token * (stored + pending + nsa.window)
 
 
 def decode_read_tokens(tokens: int, nsa: NSAConfig | None) -> int:

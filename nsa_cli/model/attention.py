@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -42,6 +41,16 @@ class Geometry:
     first: bool = True
 
 
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[b, t, h d] -> [b, h, t, d], a view."""
+    return x.view(*x.shape[:2], heads, -1).transpose(1, 2)
+
+
+def join_heads(x: Tensor) -> Tensor:
+    """[b, h, t, d] -> [b, t, h d]."""
+    return x.transpose(1, 2).flatten(2)
+
+
 class DenseAttention(nn.Module):
     """Causal grouped-query attention with rotary positions, through PyTorch's scaled_dot_product_attention."""
 
@@ -57,9 +66,9 @@ class DenseAttention(nn.Module):
 
     def forward(self, x: Tensor, geometry: Geometry, layer: LayerCache | None = None) -> Tensor:
         """[b, t, dim] -> [b, t, dim]."""
-        q = rotate(rearrange(self.to_q(x), "b t (h d) -> b h t d", h=self.heads), geometry.angles)
-        k = rotate(rearrange(self.to_k(x), "b t (g d) -> b g t d", g=self.kv_heads), geometry.angles)
-        v = rearrange(self.to_v(x), "b t (g d) -> b g t d", g=self.kv_heads)
+        q = rotate(split_heads(self.to_q(x), self.heads), geometry.angles)
+        k = rotate(split_heads(self.to_k(x), self.kv_heads), geometry.angles)
+        v = split_heads(self.to_v(x), self.kv_heads)
         if layer is not None:
             cache, span = geometry.cache, geometry.span
             assert cache is not None
@@ -70,7 +79,7 @@ class DenseAttention(nn.Module):
         else:
             tokens = max(span.starts) + x.shape[1]
             out = self._cached(q, all_k[:, :, :tokens], all_v[:, :, :tokens], geometry.positions, span)
-        return self.to_out(rearrange(out, "b h t d -> b t (h d)"))
+        return self.to_out(join_heads(out))
 
     def _cached(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, span: Span) -> Tensor:
         """q [b, h, t, d] at positions [b, t] against a cache; queries go in chunks that keep the mask small."""
@@ -79,7 +88,7 @@ class DenseAttention(nn.Module):
             # A group's heads as the rows of one product; rows of one length see all there is.
             rows = q.view(q.shape[0], self.kv_heads, -1, q.shape[3])
             seen = None if span.uniform else s <= positions[:, None, None]
-            return F.scaled_dot_product_attention(rows, k, v, attn_mask=seen).view(q.shape)
+            return F.scaled_dot_product_attention(rows, k, v, attn_mask=seen).reshape(q.shape)
         return torch.cat(
             [
                 F.scaled_dot_product_attention(

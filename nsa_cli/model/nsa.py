@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from nsa_cli.config import ModelConfig
-from nsa_cli.model.attention import Geometry
+from nsa_cli.model.attention import Geometry, join_heads, split_heads
 from nsa_cli.model.cache import Cache, LayerCache, Span
 from nsa_cli.model.compress import make_compression
 from nsa_cli.model.rotary import rotate
@@ -54,16 +54,14 @@ class SparseAttention(nn.Module):
 
     def forward(self, x: Tensor, geometry: Geometry, layer: LayerCache | None = None) -> Tensor:
         """[b, t, dim] -> [b, t, dim]."""
-        q = rearrange(self.to_q(x), "b t (h d) -> b h t d", h=self.heads)
+        q = split_heads(self.to_q(x), self.heads)
         k_raw, k_slc, k_win = self._branches(self.to_k(x))
         v_raw, v_slc, v_win = self._branches(self.to_v(x))
-        gates = rearrange(self.to_gates(x).sigmoid(), "b t (h r) -> b h t r", h=self.heads)
+        gates = split_heads(self.to_gates(x).sigmoid(), self.heads)
         if self.training:
             self.gate_mean = gates.detach().float().mean((0, 1, 2))
         gates = self.gate_dropout(gates)
-        turned = rotate(q, geometry.angles)
-        k_slc = rotate(k_slc, geometry.angles)
-        k_win = rotate(k_win, geometry.angles) if self.sets == 3 else k_slc
+        turned, k_slc, k_win = self._rotate(q, k_slc, k_win, geometry.angles)
         q_cmp = turned if self.nsa.compress_rope == "block" else q
         new = Tokens(k_raw, v_raw, k_slc, v_slc, k_win, v_win)
         if geometry.first:
@@ -82,12 +80,24 @@ class SparseAttention(nn.Module):
             out, block_indices, k_cmp = attend(geometry, layer, turned, q_cmp, new, gates)
         if self.recorder is not None:
             self.recorder(q_cmp, k_cmp, block_indices, gates)
-        return self.to_out(rearrange(out, "b h t d -> b t (h d)"))
+        return self.to_out(join_heads(out))
 
     def _branches(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Keys (or values) of cmp, slc and win, each [b, g, t, d]."""
-        sets = rearrange(x, "b t (r g d) -> r b g t d", r=self.sets, g=self.kv_heads)
-        return (sets[0], sets[1], sets[2]) if self.sets == 3 else (sets[0], sets[0], sets[0])
+        heads = split_heads(x, self.sets * self.kv_heads)
+        if self.sets == 1:
+            return heads, heads, heads
+        cmp, slc, win = heads.split(self.kv_heads, 1)
+        return cmp, slc, win
+
+    def _rotate(self, q: Tensor, k_slc: Tensor, k_win: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q and the keys of slc and win at their positions; a single token's in one go, as calls are all that it costs."""
+        if q.shape[2] > 1:
+            k_slc = rotate(k_slc, angles)
+            return rotate(q, angles), k_slc, (rotate(k_win, angles) if self.sets == 3 else k_slc)
+        both = rotate(torch.cat([q, k_slc, k_win] if self.sets == 3 else [q, k_slc], 1), angles)
+        turned, k_slc, *rest = both.split((self.heads, *[self.kv_heads] * (2 if self.sets == 3 else 1)), 1)
+        return turned, k_slc, rest[0] if rest else k_slc
 
     def _compress_keys(self, k_raw: Tensor, geometry: Geometry) -> Tensor:
         """phi_k of every block of k_raw [b, g, t, d], turned at its first position if compress_rope asks for it."""
@@ -100,7 +110,7 @@ class SparseAttention(nn.Module):
         return rotate(k_cmp, geometry.rotary.angles(starts))
 
     def _block_capacity(self, cache: Cache) -> int:
-        return max(self.nsa.num_compressed(cache.capacity), 1)
+        return self.nsa.num_compressed(cache.capacity)
 
     def _fill(self, geometry: Geometry, layer: LayerCache, new: Tokens, k_cmp: Tensor, v_cmp: Tensor) -> None:
         """Store a first pass. Blocks that reach into padding are overwritten once they are complete."""

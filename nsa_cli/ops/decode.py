@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nsa_cli.config import NSAConfig
-from nsa_cli.ops.selection import pool_importance, select_blocks
+from nsa_cli.ops.selection import pool_importance, select_blocks, stable_top
 
 
 def decode_attention(
@@ -42,9 +42,9 @@ def decode_attention(
     """
     (b, h, _, d), g = q.shape, k.shape[1]
     scale = d**-0.5 if scale is None else scale
-    rows = q.view(b, g, h // g, d)
+    rows = q.reshape(b, g, h // g, d)
     uniform = min(lengths) == max(lengths)
-    p, o_cmp = _compressed(rows if q_cmp is None else q_cmp.view(rows.shape), k_cmp, v_cmp, config, lengths, positions, scale)
+    p, o_cmp = _compressed(rows if q_cmp is None else q_cmp.reshape(rows.shape), k_cmp, v_cmp, config, lengths, positions, scale)
     indices = _select(p, config, lengths, positions, (b, g))
     o_slc = _selected(rows, k, v, indices[:, :, 0], config, lengths, positions, scale)
     if k_win is None or v_win is None:
@@ -55,7 +55,7 @@ def decode_attention(
     else:
         seen = (torch.arange(config.window, device=q.device) <= positions[:, None])[:, None, None]
     o_win = F.scaled_dot_product_attention(rows, k_win, v_win, attn_mask=seen, scale=scale)
-    weights = gates.view(b, g, h // g, 3)
+    weights = gates.reshape(b, g, h // g, 3)
     out = o_slc * weights[..., 1:2] + o_win * weights[..., 2:]
     if o_cmp is not None:
         out = out + o_cmp.to(out.dtype) * weights[..., :1]
@@ -84,33 +84,44 @@ def _compressed(
 def _select(
     p: Tensor | None, config: NSAConfig, lengths: Sequence[int], positions: Tensor, shape: tuple[int, int]
 ) -> Tensor:
-    """Block indices int32 [b, g, 1, n]; every block where there are no more than n."""
-    blocks = config.num_select_blocks(max(lengths))
-    if blocks <= config.num_selected and min(lengths) == max(lengths):
+    """Block indices int32 [b, g, 1, n]: `selection.select_blocks`, in fewer steps where all rows have one length."""
+    blocks, uniform = config.num_select_blocks(max(lengths)), min(lengths) == max(lengths)
+    if blocks <= config.num_selected and uniform:
         every = torch.arange(config.num_selected, dtype=torch.int32, device=positions.device)
         return every.masked_fill_(every >= blocks, -1).expand(*shape, 1, -1)
     if p is None:
         importance = torch.zeros(*shape, 1, blocks, device=positions.device)
     else:
         importance = pool_importance(p.sum(2, keepdim=True), blocks, config)
-    return select_blocks(importance, positions[:, None], config)
+    if not uniform:
+        return select_blocks(importance, positions[:, None], config)
+    forced = [*range(config.num_init), *range(blocks - config.num_local, blocks)]
+    chosen = torch.tensor(forced, device=positions.device).expand(*shape, 1, -1)
+    if free := config.num_selected - len(forced):
+        best = stable_top(importance[..., config.num_init : blocks - config.num_local], free)
+        chosen = torch.cat([chosen, best + config.num_init], -1).sort(-1).values
+    return chosen.int()
 
 
 def _selected(
     rows: Tensor, k: Tensor, v: Tensor, indices: Tensor, config: NSAConfig, lengths: Sequence[int], positions: Tensor, scale: float
 ) -> Tensor:
     """Attention over the tokens of the blocks indices [b, g, n]: [b, g, r, d]."""
-    (b, g), places = rows.shape[:2], k.shape[2]
-    blocks = config.num_select_blocks(max(lengths))
+    (b, g), places, size = rows.shape[:2], k.shape[2], config.select_block
+    blocks = min(config.num_select_blocks(max(lengths)), config.num_selected)
     if blocks < config.num_selected:
-        indices = indices.sort(-1, descending=True).values[..., :blocks]
-    inside = torch.arange(config.select_block, device=rows.device)
-    tokens = (indices.long()[..., None] * config.select_block + inside).flatten(-2)
-    seen = (tokens >= 0) & (tokens <= positions[:, None, None])
-    first = torch.arange(b * g, device=rows.device).view(b, g, 1) * places
-    source = (tokens.clamp(0, places - 1) + first).flatten()
+        indices = indices.sort(-1, descending=True).values[..., :blocks].flip(-1)
+    tokens = (indices.long()[..., None] * size + torch.arange(size, device=rows.device)).flatten(-2)
+    if min(lengths) == max(lengths) and config.num_local > 0:
+        # Every place is filled, and the last one with the query's own block, of which the future is cut off.
+        tokens, seen = tokens[..., : (blocks - 1) * size + (lengths[0] - 1) % size + 1], None
+    else:
+        at = positions[:, None, None]
+        seen = ((tokens >= 0) & (tokens <= at))[:, :, None]
+        tokens = tokens.clamp(min=0).minimum(at)
+    source = (tokens + torch.arange(b * g, device=rows.device).view(b, g, 1) * places).flatten()
     keys, values = (x.reshape(b * g * places, -1).index_select(0, source).view(b, g, -1, x.shape[-1]) for x in (k, v))
-    return F.scaled_dot_product_attention(rows, keys, values, attn_mask=seen[:, :, None], scale=scale)
+    return F.scaled_dot_product_attention(rows, keys, values, attn_mask=seen, scale=scale)
 
 
 def _window_of(

@@ -46,13 +46,13 @@ def select_blocks(importance: Tensor, positions: Tensor, config: NSAConfig) -> T
     forced = candidate & ((j < config.num_init) | (j > current - config.num_local))
     ranked = importance.masked_fill(forced, float("inf")).masked_fill(~candidate, float("-inf"))
     kept = min(config.num_selected, blocks)
-    chosen = _stable_top(ranked, kept)
+    chosen = stable_top(ranked, kept)
     chosen = torch.where(chosen <= current, chosen, blocks).sort(-1).values
     chosen = torch.where(chosen < blocks, chosen, -1).int()
     return F.pad(chosen, (0, config.num_selected - kept), value=-1)
 
 
-def _stable_top(ranked: Tensor, kept: int) -> Tensor:
+def stable_top(ranked: Tensor, kept: int) -> Tensor:
     """Indices of the `kept` largest of each row, the lower index first among equals."""
     if ranked.dtype != torch.float32:
         return ranked.sort(dim=-1, descending=True, stable=True).indices[..., :kept]
