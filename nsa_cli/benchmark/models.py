@@ -117,36 +117,37 @@ def measure_prefill_and_decode(bench: Bench, subject: Subject) -> tuple[Figures,
 
     def prefill() -> tuple[Tensor, Cache]:
         cache = model.make_cache(subject.batch, tokens)
-        return model(ids, cache=cache, last=True), cache
+        return model(ids, cache=cache), cache
 
     with torch.inference_mode():
         peak, before = bench.peak_and_seconds(lambda: kept.append(prefill()))
-        logits, cache = kept.pop()
+        logits, _ = kept.pop()
         timing, kernel = _under_fastest(bench, subject, prefill, ("auto", *_fused(bench)), before=before)
         flops = accounting.model_flops_per_token(config).forward * ids.numel()
         written = subject.batch * accounting.cache_bytes(config, tokens, item)
         prefilled = bench.figures(kernel, timing, peak, round(flops), weights + written, None)
-        check = _decode_parity(bench, model, ids, cache, logits)
-        decoded = _measure_decode(bench, subject, model, ids, cache, weights, check)
+        check = _decode_parity(bench, model, ids, logits)
+        decoded = _measure_decode(bench, subject, model, ids, weights, check)
     return prefilled, decoded
 
 
 def _measure_decode(
-    bench: Bench, subject: Subject, model: Transformer, ids: Tensor, cache: Cache, weights: int, check: Parity
+    bench: Bench, subject: Subject, model: Transformer, ids: Tensor, weights: int, check: Parity
 ) -> Figures:
     config, tokens = subject.config, subject.config.context
     first = max(0, tokens - (1 if config.nsa is None else config.nsa.compress_stride))
+    cache = _filled(model, ids, first, tokens)
+    mark = cache.mark()
 
     def back() -> None:
         if cache.host_lengths[0] == tokens:
-            cache.set_lengths([first] * subject.batch)
+            cache.back_to(mark)
 
     def step() -> Tensor:
         place = cache.host_lengths[0]
         logits: Tensor = model(ids[:, place : place + 1], cache=cache)
         return logits
 
-    back()
     peak = bench.peak(step) + cache.nbytes
     candidates = ("auto", "math", *_fused(bench))
     timing, kernel = _under_fastest(bench, subject, step, candidates, back) if check.ok else (None, subject.kernel)
@@ -157,9 +158,17 @@ def _measure_decode(
     return bench.figures(kernel, timing, peak, subject.batch * (2 * parameters + attention), moved, check)
 
 
-def _decode_parity(bench: Bench, model: Transformer, ids: Tensor, cache: Cache, logits: Tensor) -> Parity:
+def _filled(model: Transformer, ids: Tensor, tokens: int, capacity: int) -> Cache:
+    """A cache with room for `capacity` tokens that holds the first `tokens`."""
+    cache = model.make_cache(ids.shape[0], capacity)
+    if tokens:
+        model(ids[:, :tokens], cache=cache, last=True)
+    return cache
+
+
+def _decode_parity(bench: Bench, model: Transformer, ids: Tensor, logits: Tensor) -> Parity:
     first = max(0, ids.shape[1] - DECODED)
-    cache.set_lengths([first] * ids.shape[0])
+    cache = _filled(model, ids, first, ids.shape[1])
     checks = []
     for place in range(first, ids.shape[1]):
         with parity.poisoned(bench.device):

@@ -69,15 +69,16 @@ class DenseAttention(nn.Module):
         q = rotate(split_heads(self.to_q(x), self.heads), geometry.angles)
         k = rotate(split_heads(self.to_k(x), self.kv_heads), geometry.angles)
         v = split_heads(self.to_v(x), self.kv_heads)
-        if layer is not None:
-            cache, span = geometry.cache, geometry.span
-            assert cache is not None
-            assert span is not None
-            all_k, all_v = (layer.append(name, x, span, cache.capacity) for name, x in (("k", k), ("v", v)))
+        if layer is None:
+            return self.to_out(join_heads(self._causal(q, k, v, geometry.cu_seqlens)))
+        cache, span = geometry.cache, geometry.span
+        assert cache is not None
+        assert span is not None
+        all_k, all_v = (layer.append(name, new, span, cache.capacity) for name, new in (("k", k), ("v", v)))
         if geometry.first:
             out = self._causal(q, k, v, geometry.cu_seqlens)
         else:
-            tokens = max(span.starts) + x.shape[1]
+            tokens = cache.capacity if span.static else max(span.starts) + x.shape[1]
             out = self._cached(q, all_k[:, :, :tokens], all_v[:, :, :tokens], geometry.positions, span)
         return self.to_out(join_heads(out))
 

@@ -28,17 +28,19 @@ class Span:
     """Where the tokens of one pass stand: row b's are positions starts[b] .. starts[b] + counts[b] - 1.
 
     starts, counts: on the host. first, number: the same int64 [b] on the device. A pass of t > counts[b] tokens is padded.
+    static: what the host knows may be out of date, and first alone counts (`Cache.static`).
     """
 
     starts: list[int]
     counts: list[int]
     first: Tensor
     number: Tensor
+    static: bool = False
 
     @property
     def uniform(self) -> bool:
-        """Whether all rows stand at the same place and take as many tokens."""
-        return len(set(self.starts)) == 1 and len(set(self.counts)) == 1
+        """Whether all rows are known to stand at the same place and to take as many tokens."""
+        return not self.static and len(set(self.starts)) == 1 and len(set(self.counts)) == 1
 
     @property
     def ends(self) -> list[int]:
@@ -68,7 +70,7 @@ class LayerCache:
         Padding is written too: beyond its row's length, where the next tokens overwrite it.
         """
         buffer, tokens = self.buffer(name, x, capacity), x.shape[2]
-        if len(set(span.starts)) == 1:
+        if len(set(span.starts)) == 1 and not span.static:
             buffer[:, :, span.starts[0] : span.starts[0] + tokens] = x
         else:
             rows = torch.arange(x.shape[0], device=x.device)[:, None]
@@ -92,6 +94,9 @@ class LayerCache:
             head = min(kept, size - place)
             ring[:, :, place : place + head] = new[:, :, :head]
             ring[:, :, : kept - head] = new[:, :, head:]
+            return
+        if x.shape[2] == 1 and all(span.counts):
+            ring[torch.arange(len(ring), device=x.device), :, span.first % size] = x[:, :, 0].to(ring.dtype)
             return
         last = (span.first + span.number - 1)[:, None]
         newest = last - (last - torch.arange(size, device=x.device)) % size  # the newest position of every place
@@ -130,7 +135,11 @@ class Cache:
 
     host_lengths: tokens that every sequence of the batch holds; lengths: the same int64 [b] on the model's device.
     capacity: tokens a sequence that there is room for.
+    static: passes of one token do the same work at every length, as a captured graph must: lengths are read and counted on the
+    device, in place, and nothing grows. Whoever replays such a graph counts host_lengths.
     """
+
+    static = False
 
     def __init__(self, config: ModelConfig, batch: int, capacity: int, device: torch.device) -> None:
         self.config = config
@@ -161,6 +170,10 @@ class Cache:
         if len(number) != len(self.host_lengths) or not all(0 <= n <= tokens for n in number):
             rule = f"{len(self.host_lengths)} numbers between 0 and {tokens}, the tokens of the pass"
             raise ValueError(f"counts = {number}: must be {rule}")
+        if self.static:
+            assert tokens == 1
+            assert counts is None
+            return Span(list(self.host_lengths), number, self.lengths, torch.ones_like(self.lengths), static=True)
         self.reserve(self.longest + tokens)
         if counts is None:
             there = torch.full_like(self.lengths, tokens)
@@ -170,6 +183,9 @@ class Cache:
 
     def advance(self, span: Span) -> None:
         """Count the span's tokens, once all layers hold them."""
+        if span.static:
+            self.lengths += span.number
+            return
         self.host_lengths = span.ends
         self.lengths = span.first + span.number
 
@@ -185,7 +201,7 @@ class Cache:
             for name, ring in rings.items():
                 layer.buffers[name].copy_(ring)
         self.host_lengths = list(mark.lengths)
-        self.lengths = torch.tensor(mark.lengths, dtype=torch.int64).to(self.device)
+        self.lengths.copy_(torch.tensor(mark.lengths, dtype=torch.int64))
 
     def select(self, rows: Tensor | Sequence[int]) -> Cache:
         """A cache of the given rows of the batch, in that order, each as often as named."""

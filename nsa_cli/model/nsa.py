@@ -140,7 +140,10 @@ class SparseAttention(nn.Module):
         assert span is not None
         names = (("k_slc", new.k_slc), ("v_slc", new.v_slc))
         whole = [layer.append(name, x, span, cache.capacity) for name, x in names]
-        self._compress_new(geometry, layer, new, span, self._block_capacity(cache))
+        if span.static:
+            self._compress_newest(geometry, layer, new, span)
+        else:
+            self._compress_new(geometry, layer, new, span, self._block_capacity(cache))
         return cache, span, whole + [layer.buffer(n, new.k_slc, self._block_capacity(cache)) for n in ("k_cmp", "v_cmp")]
 
     def _continue(
@@ -171,7 +174,7 @@ class SparseAttention(nn.Module):
         self._remember(layer, new, span)
         out, block_indices = decode_attention(
             q, k, v, k_cmp, v_cmp, gates, self.nsa, lengths=[start + 1 for start in span.starts], positions=span.first,
-            q_cmp=q_cmp, k_win=layer.buffers.get("k_win_ring"), v_win=layer.buffers.get("v_win_ring"),
+            q_cmp=q_cmp, k_win=layer.buffers.get("k_win_ring"), v_win=layer.buffers.get("v_win_ring"), kernel=self.kernel,
         )  # fmt: skip
         return out, block_indices, k_cmp
 
@@ -200,6 +203,37 @@ class SparseAttention(nn.Module):
             k_cmp = rotate(k_cmp, geometry.rotary.angles(starts)[:, None, None])
         layer.put("k_cmp", k_cmp[:, :, 0], rows, blocks, capacity, new.k_slc)
         layer.put("v_cmp", v_cmp[:, :, 0], rows, blocks, capacity, new.v_slc)
+
+    def _compress_newest(self, geometry: Geometry, layer: LayerCache, new: Tokens, span: Span) -> None:
+        """Compress each row's last l tokens, whatever its length, and store the result where they are a block.
+
+        The same work at every step: what a captured graph can do. A block's network costs less than asking the device.
+        """
+        nsa, length = self.nsa, self.nsa.compress_block
+        blocks = layer.buffers["k_cmp"].shape[2]
+        if blocks == 0:
+            return
+        start = span.first - length + 1  # of the block that would end with this token
+        complete = (start >= 0) & (start % nsa.compress_stride == 0)
+        at = (start + torch.arange(length - 1, device=start.device)[:, None]).clamp(min=0).T  # [b, l - 1]
+        rows = torch.arange(len(start), device=start.device)[:, None]
+
+        def last(ring: str, x: Tensor, source: str | None = None) -> Tensor:
+            """[b, g, 1, l, d]: the tokens before this one, from their ring or a full buffer, and this one."""
+            if length == 1:
+                return x[:, :, None]
+            older = layer.buffers[ring][rows, :, at % (length - 1)] if source is None else layer.buffers[source][rows, :, at]
+            return torch.cat([older.transpose(1, 2), x], 2)[:, :, None]
+
+        k_cmp = self.compress_k(last("k_raw_ring", new.k_raw))
+        v_cmp = self.compress_v(last("v_raw_ring", new.v_raw, None if self.sets == 3 else "v_slc"))
+        if nsa.compress_rope == "block":
+            k_cmp = rotate(k_cmp, geometry.rotary.angles(start.clamp(min=0))[:, None, None])
+        place = (start.clamp(min=0) // nsa.compress_stride).clamp(max=blocks - 1)
+        for name, x in (("k_cmp", k_cmp), ("v_cmp", v_cmp)):
+            buffer = layer.buffers[name]
+            old = buffer[rows[:, 0], :, place]
+            buffer[rows[:, 0], :, place] = torch.where(complete[:, None, None], x[:, :, 0].to(buffer.dtype), old)
 
 
 class Tokens(NamedTuple):

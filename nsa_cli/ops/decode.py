@@ -31,17 +31,26 @@ def decode_attention(
     k_win: Tensor | None = None,
     v_win: Tensor | None = None,
     scale: float | None = None,
+    kernel: str = "torch",
 ) -> tuple[Tensor, Tensor]:
     """o = g_cmp o_cmp + g_slc o_slc + g_win o_win (eq. 5 of arXiv 2502.11089) of each sequence's newest token.
 
     q, q_cmp: [b, h, 1, d] (q_cmp is q if left out). k, v: [b, g, s, d], the selected branch's cache, of which row b's first
     lengths[b] >= 1 tokens exist, the query's own included. k_cmp, v_cmp: [b, g, c, d], its complete blocks first.
     k_win, v_win: rings [b, g, w, d] with token s at place s % w; left out, the window is read from k and v.
-    gates: [b, h, 1, 3], in the order cmp slc win. lengths: on the host; positions: int64 [b], lengths - 1 on the device.
+    gates: [b, h, 1, 3], in the order cmp slc win. lengths: on the host; positions: int64 [b], lengths - 1 on the device, all
+    that kernel "triton" looks at. kernel: a resolved name; only "triton" has kernels of its own for this, others are "torch".
     Returns out [b, h, 1, d] in q's dtype and block_indices int32 [b, g, 1, n]. Scores and softmax are float32 at least.
     """
     (b, h, _, d), g = q.shape, k.shape[1]
     scale = d**-0.5 if scale is None else scale
+    if kernel == "triton":
+        from nsa_cli.ops.triton import decode
+
+        return decode.decode_attention(
+            q, k, v, k_cmp, v_cmp, gates, config, lengths=positions + 1, q_cmp=q if q_cmp is None else q_cmp, k_win=k_win,
+            v_win=v_win, scale=scale,
+        )  # fmt: skip
     rows = q.reshape(b, g, h // g, d)
     uniform = min(lengths) == max(lengths)
     p, o_cmp = _compressed(rows if q_cmp is None else q_cmp.reshape(rows.shape), k_cmp, v_cmp, config, lengths, positions, scale)
@@ -104,8 +113,9 @@ def _select(
 
 
 def _selected(
-    rows: Tensor, k: Tensor, v: Tensor, indices: Tensor, config: NSAConfig, lengths: Sequence[int], positions: Tensor, scale: float
-) -> Tensor:
+    rows: Tensor, k: Tensor, v: Tensor, indices: Tensor, config: NSAConfig, lengths: Sequence[int], positions: Tensor,
+    scale: float,
+) -> Tensor:  # fmt: skip
     """Attention over the tokens of the blocks indices [b, g, n]: [b, g, r, d]."""
     (b, g), places, size = rows.shape[:2], k.shape[2], config.select_block
     blocks = min(config.num_select_blocks(max(lengths)), config.num_selected)

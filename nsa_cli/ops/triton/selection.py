@@ -80,30 +80,23 @@ def block_importance(
         tl.store(p_scores + o_score, b_score, mask=m_score)
 
 
-@triton.jit(do_not_specialize=["T0", "T1", "N"])
-def select_top(
-    p_scores, p_indices, p_start, p_sel_base, T0, T1, N, BLOCKS, BLOCK: tl.constexpr, NUM: tl.constexpr,
-    NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr, PACKED: tl.constexpr, PLACES: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """The forced blocks and the most important others of one query, ascending, -1 behind; ties go to the lower block.
+@triton.jit
+def free_blocks(o_j, current, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr):
+    """Which blocks are forced for a query of block `current`, and which others it may choose."""
+    forced = (o_j <= current) & ((o_j < NUM_INIT) | (o_j > current - NUM_LOCAL))
+    return forced, (o_j <= current) & (forced == 0)
+
+
+@triton.jit
+def top_blocks(
+    b_score, o_j, current, p_out, NUM: tl.constexpr, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr, PLACES: tl.constexpr
+):
+    """Writes the forced blocks and the most important others of one query, ascending, -1 behind; ties go to the lower block.
 
     Scores are finite and not negative, so that they order like their bits: bisection on the bits between the least and the
     greatest finds a threshold with exactly the free places at or above it, or, among equals, a prefix sum breaks the tie.
     """
-    i = tl.program_id(0)
-    rows = T1 - T0
-    i_bg, i_t = i // rows, i % rows
-    t = T0 + i_t
-    start, base = 0, 0
-    if PACKED:
-        start = tl.load(p_start + t)
-        base = tl.load(p_sel_base + t)
-    current = (t - start) // BLOCK
-    o_j = tl.arange(0, WIDTH)
-    forced = (o_j <= current) & ((o_j < NUM_INIT) | (o_j > current - NUM_LOCAL))
-    candidate = (o_j <= current) & (forced == 0)
-    o_row = i_bg.to(tl.int64) * rows + i_t
-    b_score = tl.load(p_scores + o_row * BLOCKS + base + o_j, mask=candidate, other=0.0)
+    forced, candidate = free_blocks(o_j, current, NUM_INIT, NUM_LOCAL)
     bits = tl.where(candidate, tl.maximum(b_score.to(tl.int32, bitcast=True), 0), -1)
     count_forced = tl.sum(forced.to(tl.int32), 0)
     candidates = current + 1 - count_forced
@@ -128,8 +121,30 @@ def select_top(
     if places <= 0:
         chosen = bits > 0x7FFFFFFE
     chosen = (chosen & candidate) | forced
-    p_out = p_indices + (i_bg.to(tl.int64) * N + t) * NUM
     tl.store(p_out + tl.cumsum(chosen.to(tl.int32), 0) - 1, o_j, mask=chosen)
     o_n = tl.arange(0, PLACES)
     taken = count_forced + tl.minimum(places, candidates)
     tl.store(p_out + o_n, tl.full([PLACES], -1, tl.int32), mask=(o_n >= taken) & (o_n < NUM))
+
+
+@triton.jit(do_not_specialize=["T0", "T1", "N"])
+def select_top(
+    p_scores, p_indices, p_start, p_sel_base, T0, T1, N, BLOCKS, BLOCK: tl.constexpr, NUM: tl.constexpr,
+    NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr, PACKED: tl.constexpr, PLACES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """`top_blocks` of one query's scores."""
+    i = tl.program_id(0)
+    rows = T1 - T0
+    i_bg, i_t = i // rows, i % rows
+    t = T0 + i_t
+    start, base = 0, 0
+    if PACKED:
+        start = tl.load(p_start + t)
+        base = tl.load(p_sel_base + t)
+    current = (t - start) // BLOCK
+    o_j = tl.arange(0, WIDTH)
+    _, candidate = free_blocks(o_j, current, NUM_INIT, NUM_LOCAL)
+    o_row = i_bg.to(tl.int64) * rows + i_t
+    b_score = tl.load(p_scores + o_row * BLOCKS + base + o_j, mask=candidate, other=0.0)
+    p_out = p_indices + (i_bg.to(tl.int64) * N + t) * NUM
+    top_blocks(b_score, o_j, current, p_out, NUM, NUM_INIT, NUM_LOCAL, PLACES)

@@ -1,0 +1,181 @@
+"""A decoding step against the operator that it is a part of: with torch, with Triton's kernels, and as a graph would do it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from nsa_cli.benchmark.parity import poisoned
+from nsa_cli.config import ModelConfig, NSAConfig
+from nsa_cli.model import Transformer, build_model
+from nsa_cli.ops import nsa_attention
+from nsa_cli.ops.decode import decode_attention
+from nsa_cli.ops.dispatch import nsa_attention_and_selection
+from tests.inputs import relative_l2
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# l, d, l', n, num_init, num_local, w · query heads, key/value heads, D, Dv · lengths · capacity · whether the window is a ring
+CASES = [
+    ((8, 4, 16, 4, 1, 2, 32), (4, 2, 32, 32), [200, 130, 7, 1, 16], 256, True),
+    ((8, 4, 16, 4, 1, 2, 32), (4, 2, 32, 32), [200, 200], 201, False),
+    ((32, 16, 64, 5, 1, 2, 50), (6, 1, 16, 24), [700], 700, True),
+    ((4, 4, 4, 3, 0, 0, 5), (3, 3, 8, 8), [33, 12], 40, False),
+    ((4, 4, 4, 3, 0, 0, 5), (2, 1, 8, 8), [37], 37, True),
+    ((12, 4, 24, 4, 1, 1, 31), (16, 1, 80, 80), [100, 99], 128, True),
+    ((8, 4, 16, 4, 1, 2, 32), (2, 2, 16, 16), [5], 6, True),
+    ((1, 1, 1, 6, 1, 1, 4), (4, 2, 8, 8), [40, 3], 64, True),
+    ((16, 16, 128, 3, 1, 2, 7), (32, 1, 16, 16), [500], 512, False),
+    ((2, 1, 4, 4, 1, 2, 9), (2, 1, 16, 16), [61, 61, 61], 64, True),
+]
+
+
+class Step:
+    """Random caches of one step, and the same keys and values in order, for the whole operator."""
+
+    def __init__(self, case: tuple[object, ...], device: str, dtype: torch.dtype) -> None:
+        sizes, (h, g, d, e), self.lengths, capacity, self.ring = case  # type: ignore[misc]
+        names = "compress_block compress_stride select_block num_selected num_init num_local window".split()
+        self.config = NSAConfig(**dict(zip(names, sizes, strict=True)))
+        b, config = len(self.lengths), self.config
+
+        def draw(heads: int, places: int, width: int) -> Tensor:
+            return torch.randn(b, heads, places, width, device=device).to(dtype)
+
+        blocks = config.num_compressed(capacity)
+        self.q, self.q_cmp = draw(h, 1, d), draw(h, 1, d)
+        self.gates = torch.rand(b, h, 1, 3, device=device).to(dtype)
+        self.k, self.v, self.k_cmp, self.v_cmp = draw(g, capacity, d), draw(g, capacity, e), draw(g, blocks, d), draw(g, blocks, e)
+        self.k_own, self.v_own = (draw(g, capacity, d), draw(g, capacity, e)) if self.ring else (self.k, self.v)
+
+    def run(self, kernel: str) -> tuple[Tensor, Tensor]:
+        """The step, with NaN in every place that it must not read, or nonsense where torch reads and masks it (other lengths)."""
+        poison = math.nan if kernel == "triton" or min(self.lengths) == max(self.lengths) else 1e3
+        config, (k, v, k_cmp, v_cmp) = self.config, (x.clone() for x in (self.k, self.v, self.k_cmp, self.v_cmp))
+        rings: list[Tensor | None] = [None, None]
+        if self.ring:
+            rings = [x.new_full((*x.shape[:2], config.window, x.shape[3]), poison) for x in (self.k_own, self.v_own)]
+        for row, length in enumerate(self.lengths):
+            for x, count in ((k, length), (v, length), *((x, config.num_compressed(length)) for x in (k_cmp, v_cmp))):
+                x[row, :, count:] = poison
+            for ring, source in zip(rings, (self.k_own, self.v_own), strict=True):
+                for token in range(max(0, length - config.window), length):
+                    if ring is not None:
+                        ring[row, :, token % config.window] = source[row, :, token]
+        at = torch.tensor(self.lengths, device=k.device) - 1
+        with poisoned(k.device):
+            return decode_attention(
+                self.q, k, v, k_cmp, v_cmp, self.gates, config, lengths=self.lengths, positions=at, q_cmp=self.q_cmp,
+                k_win=rings[0], v_win=rings[1], kernel=kernel,
+            )  # fmt: skip
+
+    def expected(self) -> tuple[Tensor, Tensor]:
+        """Row by row, in float32, by the whole operator."""
+        parts = []
+        for row, n in enumerate(self.lengths):
+            c = self.config.num_compressed(n)
+            of = slice(row, row + 1)
+            cut = [(self.k, n), (self.v, n), (self.k_cmp, c), (self.v_cmp, c), (self.k_own, n), (self.v_own, n)]
+            k, v, k_cmp, v_cmp, k_win, v_win = (x[of, :, :count].float() for x, count in cut)
+            q, q_cmp, gates = (x[of].float() for x in (self.q, self.q_cmp, self.gates))
+            parts.append(
+                nsa_attention_and_selection(
+                    q, k, v, k_cmp, v_cmp, gates, self.config, q_cmp=q_cmp, k_win=k_win, v_win=v_win, kernel="torch",
+                    positions=torch.tensor([[n - 1]], device=q.device),
+                )  # fmt: skip
+            )
+        return torch.cat([out for out, _ in parts]), torch.cat([indices for _, indices in parts])
+
+
+@pytest.mark.parametrize("kernel", ["torch", "triton"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_step_is_the_last_row_of_the_whole_operator(case: tuple[object, ...], kernel: str) -> None:
+    step = Step(case, DEVICE, torch.float32)
+    want, chosen = step.expected()
+    out, indices = step.run(kernel)
+    assert torch.equal(indices, chosen)
+    assert relative_l2(out, want) < 2e-6
+    again, _ = step.run(kernel)
+    assert torch.equal(out, again)
+
+
+def test_a_step_past_32k_tokens_is_right() -> None:
+    case = ((32, 16, 64, 16, 1, 2, 512), (4, 1, 16, 16), [33_333, 32_769], 33_400, True)
+    step = Step(case, DEVICE, torch.float32)
+    want, chosen = step.expected()
+    for kernel in ("torch", "triton"):
+        out, indices = step.run(kernel)
+        assert torch.equal(indices, chosen)
+        assert relative_l2(out, want) < 5e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", [*CASES, ((32, 16, 64, 16, 1, 2, 512), (64, 4, 128, 128), [65_536, 8_192, 77], 65_600, True)], ids=str)
+def test_a_step_in_half_precision_is_the_operator_in_float32_on_a_gpu(case: tuple[object, ...], dtype: torch.dtype) -> None:
+    step = Step(case, "cuda", dtype)
+    want, chosen = step.expected()
+    out, indices = step.run("triton")
+    assert (indices == chosen).all(-1).float().mean() > 0.9  # near ties of rounded scores
+    same = (indices == chosen).all(-1).all(1)[:, 0]
+    assert relative_l2(out[same], want[same]) < 1e-2
+    assert torch.equal(out, step.run("triton")[0])
+
+
+TINY = NSAConfig(compress_block=4, compress_stride=2, select_block=8, num_selected=4, window=6)
+
+
+def _model(branch_kv: str, compress: str = "mlp", rope: str = "none", kernel: str = "triton") -> Transformer:
+    nsa = NSAConfig(**{**vars(TINY), "branch_kv": branch_kv, "compress": compress, "compress_rope": rope})
+    config = ModelConfig(vocab_size=97, dim=16, depth=1, heads=2, kv_heads=1, dim_head=8, context=64, nsa=nsa)
+    return build_model(config, device=DEVICE, kernel=kernel).eval()
+
+
+@pytest.mark.parametrize(("branch_kv", "compress", "rope"), [("independent", "mlp", "block"), ("shared", "gated", "none")])
+@torch.inference_mode()
+def test_steps_that_ask_the_host_for_nothing_are_the_same_steps(branch_kv: str, compress: str, rope: str) -> None:
+    """Rows of different lengths, from before the first block to past the window."""
+    model, reference = (_model(branch_kv, compress, rope, kernel) for kernel in ("triton", "torch"))
+    reference.load_state_dict(model.state_dict())
+    ids = torch.randint(97, (3, 20), device=DEVICE)
+    lengths = [1, 3, 10]
+    plain, static = (model.make_cache(3, 20) for _ in range(2))
+    for cache in (plain, static):
+        reference(ids[:, :10], cache=cache, counts=lengths)
+    static.static = True
+    for step in range(4):
+        new = ids[:, 12 + step : 13 + step]
+        want, got = reference(new, cache=plain), model(new, cache=static)
+        assert relative_l2(got, want) < 1e-5, step
+    assert static.lengths.tolist() == plain.lengths.tolist() == [n + 4 for n in lengths]
+
+
+@torch.inference_mode()
+def test_a_dense_model_has_static_steps_too() -> None:
+    config = ModelConfig(vocab_size=97, dim=16, depth=2, heads=4, kv_heads=2, dim_head=8, context=64)
+    model, ids = build_model(config, device=DEVICE).eval(), torch.randint(97, (2, 30), device=DEVICE)
+    cache = model.make_cache(2, 30)
+    model(ids[:, :9], cache=cache, counts=[9, 4])
+    cache.static = True
+    rows = torch.stack([ids[0, 9:14], ids[1, 4:9]])
+    got = torch.cat([model(rows[:, i : i + 1], cache=cache) for i in range(5)], 1)
+    full = model(ids)
+    assert relative_l2(got[0], full[0, 9:14]) < 1e-5
+    assert relative_l2(got[1], full[1, 4:9]) < 1e-5
+
+
+def test_a_prefix_of_the_operator_is_what_a_step_continues() -> None:
+    """The step's own reference is the plain operator: its last row, without positions."""
+    step = Step(CASES[2], DEVICE, torch.float32)
+    n = step.lengths[0]
+    q, q_cmp = (torch.cat([torch.randn(1, 6, n - 1, 16, device=DEVICE), x], 2) for x in (step.q, step.q_cmp))
+    gates = torch.cat([torch.rand(1, 6, n - 1, 3, device=DEVICE), step.gates], 2)
+    c = step.config.num_compressed(n)
+    out = nsa_attention(
+        q, step.k, step.v, step.k_cmp[:, :, :c], step.v_cmp[:, :, :c], gates, step.config, q_cmp=q_cmp, k_win=step.k_own,
+        v_win=step.v_own, kernel="torch",
+    )  # fmt: skip
+    assert relative_l2(step.run("torch")[0], out[:, :, -1:]) < 2e-6
