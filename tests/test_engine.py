@@ -13,7 +13,7 @@ from nsa_cli.config import ModelConfig, NSAConfig
 from nsa_cli.errors import ExitCode, NsaError
 from nsa_cli.generation.engine import MAX_ROWS, Continuation, decode, generate, plan_batches
 from nsa_cli.generation.sampling import SamplingConfig
-from nsa_cli.model import Transformer, build_model
+from nsa_cli.model import Transformer, accounting, build_model
 
 CONTEXT = 24
 NSA = NSAConfig(compress_block=4, compress_stride=2, select_block=8, num_selected=3, num_local=1, window=6)
@@ -184,6 +184,38 @@ def test_totals_count_every_prompt_and_token_once() -> None:
     assert stats.cache_bytes > 0
     assert stats.tokens_per_s > 0
     assert not stats.interrupted
+
+
+def test_totals_tell_what_the_cache_holds_and_what_a_step_reads_of_it() -> None:
+    model = _model()
+    stats = decode(model, [[1] * 20, [2] * 31], _greedy(max_tokens=9), on_finish=lambda c: None)
+    assert stats.cache_bytes == 2 * accounting.cache_bytes(model.config, 31 + 9, 4)
+    assert stats.read_bytes == sum(accounting.decode_read_bytes(model.config, n + 8, 4) for n in (20, 31))
+
+
+def test_memory_that_does_not_suffice_ends_with_the_flags_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(Transformer, "forward", exhausted)
+    with pytest.raises(NsaError, match="3 sequences of up to 25 tokens, whose cache alone takes") as caught:
+        generate(_model(), [[1] * 5, [2], [3]], _greedy())
+    assert caught.value.exit_code == ExitCode.FAILURE
+    assert "--max-tokens" in caught.value.hint
+    assert "--dtype bfloat16" in caught.value.hint
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("nsa", [NSA, None], ids=["sparse", "dense"])
+def test_captured_steps_draw_the_same_text_on_a_gpu(nsa: NSAConfig | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the reserved room, so that the graph is captured anew in a larger cache."""
+    monkeypatch.setattr("nsa_cli.generation.engine._RESERVED_TOKENS", 12)
+    config = _model(nsa).config
+    model = build_model(config, device="cuda", kernel="auto").eval()
+    greedy = _greedy(max_tokens=40)
+    captured = generate(model, PROMPTS, greedy)
+    monkeypatch.setattr("nsa_cli.generation.engine.can_capture", lambda model: False)
+    assert _tokens(captured) == _tokens(generate(model, PROMPTS, greedy))
 
 
 def test_no_tokens_wanted_is_an_empty_continuation() -> None:

@@ -18,6 +18,8 @@ from tests.inputs import relative_l2
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
+NAMES = ("compress_block", "compress_stride", "select_block", "num_selected", "num_init", "num_local", "window")
+
 # l, d, l', n, num_init, num_local, w · query heads, key/value heads, D, Dv · lengths · capacity · whether the window is a ring
 CASES = [
     ((8, 4, 16, 4, 1, 2, 32), (4, 2, 32, 32), [200, 130, 7, 1, 16], 256, True),
@@ -33,13 +35,15 @@ CASES = [
 ]
 
 
+LONG = ((32, 16, 64, 16, 1, 2, 512), (64, 4, 128, 128), [65_536, 8_192, 77], 65_600, True)
+
+
 class Step:
     """Random caches of one step, and the same keys and values in order, for the whole operator."""
 
     def __init__(self, case: tuple[object, ...], device: str, dtype: torch.dtype) -> None:
         sizes, (h, g, d, e), self.lengths, capacity, self.ring = case  # type: ignore[misc]
-        names = "compress_block compress_stride select_block num_selected num_init num_local window".split()
-        self.config = NSAConfig(**dict(zip(names, sizes, strict=True)))
+        self.config = NSAConfig(**dict(zip(NAMES, sizes, strict=True)))
         b, config = len(self.lengths), self.config
 
         def draw(heads: int, places: int, width: int) -> Tensor:
@@ -48,7 +52,8 @@ class Step:
         blocks = config.num_compressed(capacity)
         self.q, self.q_cmp = draw(h, 1, d), draw(h, 1, d)
         self.gates = torch.rand(b, h, 1, 3, device=device).to(dtype)
-        self.k, self.v, self.k_cmp, self.v_cmp = draw(g, capacity, d), draw(g, capacity, e), draw(g, blocks, d), draw(g, blocks, e)
+        self.k, self.v = draw(g, capacity, d), draw(g, capacity, e)
+        self.k_cmp, self.v_cmp = draw(g, blocks, d), draw(g, blocks, e)
         self.k_own, self.v_own = (draw(g, capacity, d), draw(g, capacity, e)) if self.ring else (self.k, self.v)
 
     def run(self, kernel: str) -> tuple[Tensor, Tensor]:
@@ -81,12 +86,9 @@ class Step:
             cut = [(self.k, n), (self.v, n), (self.k_cmp, c), (self.v_cmp, c), (self.k_own, n), (self.v_own, n)]
             k, v, k_cmp, v_cmp, k_win, v_win = (x[of, :, :count].float() for x, count in cut)
             q, q_cmp, gates = (x[of].float() for x in (self.q, self.q_cmp, self.gates))
-            parts.append(
-                nsa_attention_and_selection(
-                    q, k, v, k_cmp, v_cmp, gates, self.config, q_cmp=q_cmp, k_win=k_win, v_win=v_win, kernel="torch",
-                    positions=torch.tensor([[n - 1]], device=q.device),
-                )  # fmt: skip
-            )
+            at, options = torch.tensor([[n - 1]], device=q.device), {"q_cmp": q_cmp, "k_win": k_win, "v_win": v_win}
+            args = (q, k, v, k_cmp, v_cmp, gates, self.config)
+            parts.append(nsa_attention_and_selection(*args, **options, kernel="torch", positions=at))
         return torch.cat([out for out, _ in parts]), torch.cat([indices for _, indices in parts])
 
 
@@ -114,7 +116,7 @@ def test_a_step_past_32k_tokens_is_right() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("case", [*CASES, ((32, 16, 64, 16, 1, 2, 512), (64, 4, 128, 128), [65_536, 8_192, 77], 65_600, True)], ids=str)
+@pytest.mark.parametrize("case", [*CASES, LONG], ids=str)
 def test_a_step_in_half_precision_is_the_operator_in_float32_on_a_gpu(case: tuple[object, ...], dtype: torch.dtype) -> None:
     step = Step(case, "cuda", dtype)
     want, chosen = step.expected()

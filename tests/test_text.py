@@ -163,10 +163,14 @@ class Script:
 
 
 class ScriptCache:
-    nbytes = 0
+    nbytes = itemsize = 0
 
     def __init__(self, rows: list[list[int]]) -> None:
         self.rows = rows
+
+    @property
+    def host_lengths(self) -> list[int]:
+        return [len(row) for row in self.rows]
 
     def select(self, rows: Tensor) -> ScriptCache:
         return ScriptCache([list(self.rows[i]) for i in rows.tolist()])

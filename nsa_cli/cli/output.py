@@ -266,6 +266,12 @@ def write_line(text: str) -> None:
     sys.stdout.buffer.flush()
 
 
+def size(count: int) -> str:
+    """Bytes for a reader: "1.5 MiB"."""
+    power = min(max(count, 1).bit_length() - 1, 40) // 10
+    return f"{count / 1024**power:,.{1 if power else 0}f} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
 def write_json(value: Any, *, indent: int | None = None) -> None:
     """One JSON document as a line (or indented) of the product. A path's bytes that are no UTF-8, which Python holds as
     lone surrogates, are escaped as JSON does."""

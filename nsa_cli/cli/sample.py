@@ -88,7 +88,8 @@ def run(checkpoint: Path, settings: Resolved) -> int:
         )
     if settings["verbose"]:
         count, tokens, rate = result["prompts"], result["tokens"], result["tokens_per_s"]
-        messages.notice(f"{count:,} prompts, {tokens:,} tokens, {rate:,.0f} tokens/s")
+        held, read = (output.size(result[name]) for name in ("cache_bytes", "read_bytes"))
+        messages.notice(f"{count:,} prompts, {tokens:,} tokens, {rate:,.0f} tokens/s; cache: {held} held, {read} read by a step")
     return 128 + interruption.signum if result["interrupted"] and interruption.signum is not None else 0
 
 

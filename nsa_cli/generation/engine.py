@@ -12,25 +12,30 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from nsa_cli.errors import ExitCode, NsaError
+from nsa_cli.generation.graphs import CapturedStep, can_capture
 from nsa_cli.generation.sampling import GumbelSource, SamplingConfig, choose, log_probabilities
-from nsa_cli.model import Transformer
-from nsa_cli.model.accounting import parameters_by_part
+from nsa_cli.model import Cache, Transformer
+from nsa_cli.model.accounting import cache_bytes, decode_read_bytes, parameters_by_part
 
 FinishReason = Literal["stop", "length", "interrupted"]
 OnToken = Callable[[int, int, int], bool]
 ShouldStop = Callable[[], bool]
 
 TOKEN_BUDGET = 1 << 15
-"""Tokens, padding and continuations included, that one batch may come to hold in the cache."""
+"""Tokens, padding and continuations included, that one batch may come to hold in the cache; on a GPU, at least."""
+CACHE_SHARE = 0.5
+"""Of a GPU's free memory that caches may fill."""
 MAX_ROWS = 128
-PREFILL_TOKENS = 8192
-"""Prompt tokens of a batch that one forward pass reads."""
+PREFILL_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 17}
+"""Prompt tokens of a batch that one forward pass reads: the first pass runs the training kernels."""
+EAGER_STEPS = 8
+"""Steps of the same rows before a graph is captured, which costs about as much as fifty."""
 SHARED_STEP = 1 << 24
 """Weights times rows from which a decoding step on a CPU is worth more than one thread."""
 _WINDOW = 8 * MAX_ROWS
@@ -56,13 +61,15 @@ class Continuation:
 
 @dataclass
 class GenerationStats:
-    """Totals of one call. prefill_s and decode_s are wall-clock seconds; cache_bytes is the largest cache held."""
+    """Totals of one call. prefill_s and decode_s are wall-clock seconds. cache_bytes: of the largest cache held. read_bytes: what
+    the last step on a cache read of it, by `accounting.decode_read_bytes`."""
 
     prompt_tokens: int = 0
     tokens: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
     cache_bytes: int = 0
+    read_bytes: int = 0
     interrupted: bool = False
 
     @property
@@ -116,8 +123,8 @@ def decode(
     use_cache: bool = True,
     logprobs: bool = False,
     vocab_size: int | None = None,
-    token_budget: int = TOKEN_BUDGET,
-    prefill_tokens: int = PREFILL_TOKENS,
+    token_budget: int | None = None,
+    prefill_tokens: int | None = None,
 ) -> GenerationStats:
     """Draw config.continuations continuations of every prompt and hand each to on_finish as it ends, in no fixed order.
 
@@ -125,7 +132,8 @@ def decode(
     the sequence with "stop" by returning True. should_stop is polled between forward passes; once true, the sequences
     in hand finish as "interrupted" and the rest is not begun. use_cache=False recomputes the full forward pass for
     every token. vocab_size: draw ids below it only. token_budget: padded tokens of a batch, prompts and room for
-    continuations; a prompt that exceeds it goes alone. prefill_tokens: prompt tokens of a batch in one forward pass.
+    continuations; a prompt that exceeds it goes alone. prefill_tokens: prompt tokens of a batch in one forward pass. Both have
+    defaults that suit the device.
 
     The model is in eval mode meanwhile. ValueError for an empty prompt or an id that the model does not know; NsaError
     (exit 3) if its logits are not finite.
@@ -134,6 +142,8 @@ def decode(
     vocab = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
     run = _Run(model, config, on_finish, on_token, should_stop, logprobs, vocab)
     rows = [len(prompt) + config.max_tokens for prompt in prompts]
+    token_budget = token_budget or _token_budget(model)
+    prefill_tokens = prefill_tokens or PREFILL_TOKENS.get(model.device.type, 1 << 13)
     training = model.training
     model.eval()
     try:
@@ -142,12 +152,21 @@ def decode(
                 chunk = max(1, prefill_tokens // len(batch))
                 width = max(rows[i] for i in batch)
                 wave = max(1, min(MAX_ROWS, token_budget // width))
-                run.batch([(i, prompts[i]) for i in batch], wave, chunk, use_cache)
+                with _explained_memory(model, min(wave, len(batch) * config.continuations), width):
+                    run.batch([(i, prompts[i]) for i in batch], wave, chunk, use_cache)
                 if run.stats.interrupted:
                     break
     finally:
         model.train(training)
     return run.stats
+
+
+def _token_budget(model: Transformer) -> int:
+    if model.device.type != "cuda":
+        return TOKEN_BUDGET
+    free, _ = torch.cuda.mem_get_info(model.device)
+    a_token = cache_bytes(model.config, 1 << 20, model.token_emb.weight.element_size()) / (1 << 20)
+    return max(TOKEN_BUDGET, int(CACHE_SHARE * free / a_token))
 
 
 def plan_batches(rows: Sequence[int], continuations: int, token_budget: int) -> Iterator[list[int]]:
@@ -180,6 +199,23 @@ def _check_prompts(prompts: Sequence[Sequence[int]], vocab: int) -> None:
 
 
 @contextmanager
+def _explained_memory(model: Transformer, rows: int, tokens: int) -> Iterator[None]:
+    """NsaError with exit 1 in place of the allocators' errors: what was at work, and the flags that help."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # The CPU's allocator raises a plain RuntimeError.
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(error):
+            raise
+        size = model.token_emb.weight.element_size()
+        held = rows * cache_bytes(model.config, tokens, size) / 2**30
+        message = f"out of memory: {rows} sequences of up to {tokens} tokens, whose cache alone takes {held:.3g} GiB"
+        hint = "lower --max-tokens or shorten the prompt" + (", give fewer prompts at once, or a smaller -n" if rows > 1 else "")
+        hint += "; --dtype bfloat16 halves it" if size == 4 else ""
+        raise NsaError(message, hint, ExitCode.FAILURE) from error
+
+
+@contextmanager
 def _few_threads(model: Transformer, rows: int) -> Iterator[None]:
     """One CPU thread inside where a step is too small to share: waiting for the other threads would cost more than they do
     (and ten times as much when something else has their core)."""
@@ -198,6 +234,10 @@ class _Decoder(Protocol):
     @property
     def nbytes(self) -> int: ...
 
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of the cache that the last step read."""
+
     def step(self, ids: Tensor) -> Tensor:
         """Append one token to every row (ids int64 [rows]); logits float32 [rows, vocab] of what follows."""
 
@@ -206,16 +246,25 @@ class _Decoder(Protocol):
 
 
 class _Cached:
-    """Rows that live in a key/value cache."""
+    """Rows that live in a key/value cache. On a GPU, once some steps were made, the others replay one graph."""
 
-    def __init__(self, model: Transformer, cache: Any) -> None:
-        self._model, self._cache = model, cache
+    def __init__(self, model: Transformer, cache: Cache) -> None:
+        self._model, self._cache, self._steps = model, cache, 0
+        self._captured = CapturedStep(model, cache) if can_capture(model) else None
 
     @property
     def nbytes(self) -> int:
-        return int(self._cache.nbytes)
+        return self._cache.nbytes
+
+    @property
+    def read_bytes(self) -> int:
+        config, size = self._model.config, self._cache.itemsize
+        return sum(decode_read_bytes(config, length, size) for length in self._cache.host_lengths)
 
     def step(self, ids: Tensor) -> Tensor:
+        self._steps += 1
+        if self._captured is not None and self._steps > EAGER_STEPS:
+            return self._captured(ids)[:, -1]
         logits: Tensor = self._model(ids[:, None], cache=self._cache)
         return logits[:, -1]
 
@@ -226,7 +275,7 @@ class _Cached:
 class _Recomputed:
     """Rows that are kept as token ids and read anew at every step: slow, and the cache's measure."""
 
-    nbytes = 0
+    nbytes = read_bytes = 0
 
     def __init__(self, model: Transformer, rows: list[list[int]]) -> None:
         self._model, self._rows = model, rows
@@ -392,3 +441,4 @@ class _Run:
 
     def _note_cache(self, decoder: _Decoder) -> None:
         self.stats.cache_bytes = max(self.stats.cache_bytes, decoder.nbytes)
+        self.stats.read_bytes = decoder.read_bytes

@@ -289,8 +289,9 @@ def run(
     write takes bytes as they come and makes them visible at once (it flushes). Every call holds whole UTF-8
     characters, as far as the model drew whole ones. should_stop is polled at every token.
 
-    Returns prompts, continuations, prompt_tokens, tokens, prefill_s, decode_s, tokens_per_s (of decoding), cache_bytes,
-    finish_reasons (a count of each) and interrupted. NsaError (exit 3) without a prompt.
+    Returns prompts, continuations, prompt_tokens, tokens, prefill_s, decode_s, tokens_per_s (of decoding), cache_bytes
+    (held), read_bytes (of it, by the last step), finish_reasons (a count of each) and
+    interrupted. NsaError (exit 3) without a prompt.
     """
     prompts = split_prompts(stdin.read(), options.framing)
     if not prompts:
@@ -319,6 +320,7 @@ def run(
         "decode_s": stats.decode_s,
         "tokens_per_s": stats.tokens_per_s,
         "cache_bytes": stats.cache_bytes,
+        "read_bytes": stats.read_bytes,
         "finish_reasons": dict(output.reasons),
         "interrupted": stats.interrupted,
     }

@@ -158,6 +158,11 @@ class Cache:
         """Bytes that the buffers take."""
         return sum(b.numel() * b.element_size() for layer in self.layers for b in layer.buffers.values())
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one number; 0 of an empty cache."""
+        return next((b.element_size() for layer in self.layers for b in layer.buffers.values()), 0)
+
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` tokens a sequence: whole pages, and a quarter more at least, so that growing costs little."""
         if tokens > self.capacity:
