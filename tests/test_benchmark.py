@@ -228,7 +228,7 @@ def test_a_variant_that_cannot_run_is_passed_over_and_the_fastest_is_taken() -> 
 
 
 def test_a_report_has_every_row_measured_and_green(report: BenchReport) -> None:
-    compared = ("forward", "backward", "training step", "prefill", "decode")
+    compared = ("forward", "backward", "training step", "decode attention", "prefill", "decode")
     branches = [f"branch {name}, {way}" for name in cases.BRANCHES for way in ("forward", "backward")]
     assert {row.name for row in report.rows} == {f"{case} @ {n}" for case in (*compared, *branches) for n in (33, 150)}
     assert report.ok, report.gates
@@ -240,7 +240,7 @@ def test_a_report_has_every_row_measured_and_green(report: BenchReport) -> None:
         assert (row.speedup is None) == row.is_branch
         assert row.sparse.roofline is not None
         assert row.sparse.roofline > 0
-        if row.case in ("forward", "backward", "decode") or row.is_branch:
+        if row.case in ("forward", "backward", "decode", "decode attention") or row.is_branch:
             assert row.sparse.parity is not None
             assert row.sparse.parity.relative_l2 < 1e-5
     assert [crossover.case for crossover in report.crossovers] == list(compared)

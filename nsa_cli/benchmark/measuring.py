@@ -53,13 +53,21 @@ class Bench:
         )
 
     def figures(
-        self, kernel: str, timing: Timing | None, peak: int | None, flops: int, moved: int, check: Parity | None
+        self,
+        kernel: str,
+        timing: Timing | None,
+        peak: int | None,
+        flops: int,
+        moved: int,
+        check: Parity | None,
+        cache: int | None = None,
     ) -> Figures:
         """A row's side, with its share of the roofline."""
         share = None if timing is None else self.ceilings.share(flops, moved, timing.median_s)
         return Figures(
-            kernel=kernel, timing=timing, peak_bytes=peak, flops=flops, moved_bytes=moved, roofline=share, parity=check
-        )
+            kernel=kernel, timing=timing, peak_bytes=peak, flops=flops, moved_bytes=moved, roofline=share, parity=check,
+            cache_bytes=cache,
+        )  # fmt: skip
 
 
 def check_forward(bench: Bench, operator: Operator, queries: Tensor) -> tuple[Parity, int]:

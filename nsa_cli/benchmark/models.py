@@ -155,7 +155,8 @@ def _measure_decode(
     moved = weights + subject.batch * accounting.decode_read_bytes(config, tokens, item)
     parameters = accounting.parameters_by_part(config)["total"]
     attention = 4 * config.depth * config.heads * config.dim_head * accounting.decode_read_tokens(tokens, config.nsa)
-    return bench.figures(kernel, timing, peak, subject.batch * (2 * parameters + attention), moved, check)
+    flops = subject.batch * (2 * parameters + attention)
+    return bench.figures(kernel, timing, peak, flops, moved, check, cache=cache.nbytes)
 
 
 def _filled(model: Transformer, ids: Tensor, tokens: int, capacity: int) -> Cache:

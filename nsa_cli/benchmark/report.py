@@ -39,6 +39,7 @@ class Figures:
     moved_bytes: int
     roofline: float | None
     parity: Parity | None
+    cache_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +136,7 @@ class BenchReport:
 
 _SIDE_COLUMNS = (
     "kernel", "median_s", "p10_s", "p90_s", "repeats", "peak_bytes", "flops", "moved_bytes", "roofline", "max_error",
-    "ok",
+    "ok", "cache_bytes",
 )  # fmt: skip
 
 
@@ -145,7 +146,7 @@ def _side_cells(side: Figures | None) -> list[str]:
     timing, parity = side.timing, side.parity
     times = [None] * 4 if timing is None else [timing.median_s, timing.p10_s, timing.p90_s, timing.repeats]
     checks = [None, None] if parity is None else [parity.max_error, parity.ok]
-    values = [side.kernel, *times, side.peak_bytes, side.flops, side.moved_bytes, side.roofline, *checks]
+    values = [side.kernel, *times, side.peak_bytes, side.flops, side.moved_bytes, side.roofline, *checks, side.cache_bytes]
     return [_cell(value) for value in values]
 
 

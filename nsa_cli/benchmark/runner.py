@@ -18,6 +18,7 @@ from nsa_cli.benchmark.cases import (
     selection_parity,
     sparse_operator,
 )
+from nsa_cli.benchmark.decoding import Step, measure_dense, measure_sparse
 from nsa_cli.benchmark.dense import Variant, fastest, variants
 from nsa_cli.benchmark.measuring import Bench, check_forward, measure_backward, measure_forward
 from nsa_cli.benchmark.models import Subject, measure_prefill_and_decode, measure_training, subjects
@@ -27,6 +28,7 @@ from nsa_cli.errors import ExitCode, NsaError
 from nsa_cli.model import accounting
 
 FORWARD, BACKWARD, TRAINING, PREFILL, DECODE = "forward", "backward", "training step", "prefill", "decode"
+STEP = "decode attention"
 LEAST_RUNS = 2
 """What a side costs at least, in runs: the first one, compared with the reference, and one that is timed."""
 PICK_TOKENS = 2048
@@ -162,7 +164,14 @@ class Runner:
         self._add(TRAINING, tokens, dense_side, sparse_side, dense_note, note)
 
     def _decode(self, tokens: int, fault: str) -> None:
-        """Prefill and decode, two rows: decoding starts from the prefilled cache."""
+        """One layer's attention in a step; prefill and decode, two rows: decoding starts from the prefilled cache."""
+        options = self.options
+        step = Step(
+            tokens=tokens, shape=self.shape, batch=options.batch, nsa=options.nsa, kernel=self.kernel, seed=options.seed
+        )
+        dense, dense_note = self._side(STEP, "dense", tokens, lambda: measure_dense(self.bench, step))
+        sparse, note = self._side(STEP, "sparse", tokens, lambda: measure_sparse(self.bench, step), fault)
+        self._add(STEP, tokens, dense, sparse, dense_note, note)
         sides: list[Sequence[Figures | None]] = []
         notes = []
         for subject in self._subjects(tokens):
@@ -209,6 +218,8 @@ class Runner:
             config = self._subjects(tokens)[label == "sparse"].config
             flops = accounting.model_flops_per_token(config)
             return tokens * (flops.training if case == TRAINING else flops.forward)
+        if case == STEP:
+            return accounting.decode_read_tokens(tokens, self.options.nsa if label == "sparse" else None)
         shape, backward = self.shape, case == BACKWARD
         if label == "dense":
             return accounting.dense_attention_flops(tokens, shape.heads, shape.dim_head, backward=backward)

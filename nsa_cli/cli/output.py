@@ -318,13 +318,34 @@ def show_bench(report: BenchReport) -> None:
             notes.append(Text(f"{row.name}: {row.note}"))
         elif row.note:
             left_out.setdefault(row.seq_len, []).append(row.case)
+    decoding = _decode_table(report)
     gates = [
         Text.assemble(("ok  " if gate.ok else "FAILED", "green" if gate.ok else "bold red"), f"  {gate.name}: {gate.detail}")
         for gate in report.gates
     ]
     notes += [Text(f"not measured at {n:,}, for time: {', '.join(cases)}") for n, cases in left_out.items()]
     notices = [Text(notice) for notice in report.notices]
-    write_tables(head, *([table] if table.rows else []), *notes, *notices, *map(Text, report.crossover), *gates)
+    tables = [each for each in (table, decoding) if each.rows]
+    write_tables(head, *tables, *notes, *notices, *map(Text, report.crossover), *gates)
+
+
+def _decode_table(report: BenchReport) -> Table:
+    """What a decoding step costs: one layer's attention, and the whole model."""
+    table = _table("decoding", ">tokens", "attention", ">step", ">tokens/s", ">speed-up", ">cache", ">read a step", narrow=True)
+    for row in report.rows:
+        sides = [(side, figures) for side, figures in (("dense", row.dense), ("sparse", row.sparse)) if figures is not None]
+        for i, (side, figures) in enumerate(sides):
+            if figures.cache_bytes is None:
+                continue
+            seconds = None if figures.timing is None else figures.timing.median_s
+            step, rate = "not shown", ""
+            if seconds is not None:
+                step = duration_text(seconds)
+                rate = "" if "attention" in row.case else f"{report.config['shape']['batch'] / seconds:,.0f}"
+            speedup = "" if row.speedup is None or side == "dense" else f"{row.speedup:.2f}x"
+            name = [row.case, f"{row.seq_len:,}"] if i == 0 else ["", ""]
+            table.add_row(*name, side, step, rate, speedup, size(figures.cache_bytes), size(figures.moved_bytes))
+    return table
 
 
 def show_tuning(report: TuneReport) -> None:
