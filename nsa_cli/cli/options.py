@@ -218,6 +218,15 @@ Out = Annotated[Path, _flag("--out", "Checkpoint to write; its other files stand
 Resume = Annotated[
     Path | None, _flag("--resume", "Go on with this checkpoint's run.", OUTPUT, metavar="CKPT", show_default=False)
 ]
+InitFrom = Annotated[
+    Path | None,
+    _flag(
+        "--init-from",
+        "Begin with this checkpoint's weights, in its shape; with --sparse a dense one is made sparse.",
+        MODEL,
+        metavar="CKPT",
+    ),
+]
 Overwrite = Annotated[bool, _flag("--overwrite", "Replace an existing --out.", OUTPUT)]
 SaveEvery = Annotated[int | None, _field(_count, "--save-every", "Steps between saved states; 0 saves at the end.", OUTPUT)]
 LogEvery = Annotated[int | None, _field(_count, "--log-every", "Steps between metric lines.", OUTPUT)]

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ from nsa_cli.data import Corpus
 from nsa_cli.model import Transformer, build_model
 from nsa_cli.ops.dispatch import resolve_kernel
 from nsa_cli.training.batches import BatchPlan, plan_batches, training_batches, validation_batches
-from nsa_cli.training.device import deterministic_on_cpu, explained_errors
+from nsa_cli.training.convert import begin_from, told
+from nsa_cli.training.device import arithmetic, deterministic_on_cpu, explained_errors
 from nsa_cli.training.graphs import CapturedGradients, refuse_cuda_graph
 from nsa_cli.training.metrics import Clock, MetricsLog, bits_per_byte, finite, header_record, machine_record
 from nsa_cli.training.optim import FiniteGuard, clipped_update, make_optimizer
-from nsa_cli.training.resume import check_continues, read_run
+from nsa_cli.training.resume import check_continues, read_run, refuse_start
 from nsa_cli.training.run import Reporter, RunPaths, SilentReporter, TrainResult
 from nsa_cli.training.saving import Progress, RunFiles
 from nsa_cli.training.schedule import learning_rate, warmup_steps
@@ -47,6 +49,7 @@ def train(
     kernel: str = "auto",
     dtype: torch.dtype | None = None,
     resume: Path | None = None,
+    init_from: Path | None = None,
     overwrite: bool = False,
     reporter: Reporter | None = None,
     notices: Sequence[str] = (),
@@ -59,6 +62,7 @@ def train(
     resume: last weights or state file of a run to go on with (nsa_cli.training.resume says with which settings). Its
     metrics lines up to its step are kept or, for other paths, copied. A finished run is left as it is (for other
     paths: copied).
+    init_from: a checkpoint whose weights a new run begins with (nsa_cli.training.convert); not with `resume`.
     notices: lines for the metrics header, already shown to the user; a kernel's fallback is added to them and reported.
     sampler_hook(model, step): called after each validation, in eval mode without gradients; its random numbers do not
     disturb the run's.
@@ -78,6 +82,7 @@ def train(
         size = corpus.tokenizer.vocab_size
         raise ValueError(f"vocab_size = {model_config.vocab_size}: must be the tokenizer's {size}")
     plan = plan_batches(model_config, config)
+    refuse_start(init_from, resume)
     saved = None if resume is None else read_run(resume)
     moves = saved is None or saved.moves_to(paths)
     if moves and not overwrite:
@@ -97,10 +102,16 @@ def train(
         model = build_model(model_config, device=device, dtype=weights, kernel="auto" if kernel == "auto" else name)
         if config.cuda_graph:
             refuse_cuda_graph(device, model.kernel if sparse else "dense")
+        origins = {} if saved is None else saved.origins
+        if init_from is not None:
+            autocast = partial(arithmetic, device, dtype)
+            start = begin_from(init_from, model, corpus, plan, eval_tokens=config.eval_tokens, autocast=autocast)
+            reporter.notice(told(start))
+            origins = {"init_from": start}
         machine = machine_record(model, config, device=device, dtype=dtype, notices=notices)
-        header = header_record(model, corpus, machine)
+        header = {**header_record(model, corpus, machine), **origins}
         optimizer, guard = make_optimizer(model, config), FiniteGuard(device)
-        files = RunFiles(paths, model, optimizer, guard, config, corpus, device)
+        files = RunFiles(paths, model, optimizer, guard, config, corpus, device, origins)
         log = MetricsLog(paths.metrics)
         progress, elapsed_s = Progress(), 0.0
         if saved is not None:
@@ -225,10 +236,8 @@ class _Run:
         return total, norm, lr
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """bfloat16 arithmetic over float32 weights when asked for; float32 and float64 need none."""
-        if self.dtype is not torch.bfloat16:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        """That of the run's dtype on its device."""
+        return arithmetic(self.device, self.dtype)
 
     def measured(self, step: int, loss: Tensor, norm: Tensor, lr: float) -> dict[str, Any]:
         """The metrics line of a step without a validation; the host waits for the device here."""
