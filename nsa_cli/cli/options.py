@@ -227,6 +227,14 @@ InitFrom = Annotated[
         metavar="CKPT",
     ),
 ]
+DistillFrom = Annotated[
+    Path | None,
+    _flag("--distill-from", "Learn from this checkpoint's distribution besides the text.", OPTIMISATION, metavar="CKPT"),
+]
+DistillWeight = Annotated[
+    float | None,
+    _field(_real, "--distill-weight", "Weight of KL(teacher || student) in the loss, with --distill-from.", OPTIMISATION),
+]
 Overwrite = Annotated[bool, _flag("--overwrite", "Replace an existing --out.", OUTPUT)]
 SaveEvery = Annotated[int | None, _field(_count, "--save-every", "Steps between saved states; 0 saves at the end.", OUTPUT)]
 LogEvery = Annotated[int | None, _field(_count, "--log-every", "Steps between metric lines.", OUTPUT)]

@@ -1,4 +1,4 @@
-"""What a run takes from other checkpoints before it begins: the shape and tokenizer of `nsa train --init-from`."""
+"""What a run takes from other checkpoints: the shape and tokenizer of `nsa train --init-from`, the teacher of --distill-from."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from nsa_cli.cli.resolve import Resolved
 from nsa_cli.config import ModelConfig
+from nsa_cli.errors import ExitCode, NsaError
 
 if TYPE_CHECKING:
     from nsa_cli.data import Tokenizer
@@ -19,6 +20,13 @@ def begins_from(settings: Resolved) -> Path | None:
         return None
     path: Path | None = settings["init_from"]
     return path
+
+
+def refuse_weight_alone(settings: Resolved) -> None:
+    """NsaError with exit 2 for --distill-weight on the command line of a new run without a teacher."""
+    if settings.origins["distill_weight"].kind == "flag" and settings["distill_from"] is None and settings["resume"] is None:
+        message = f"--distill-weight {settings['distill_weight']} weighs a teacher, and this run has none"
+        raise NsaError(message, "add --distill-from, or leave --distill-weight out", ExitCode.USAGE)
 
 
 def take_shape(settings: Resolved, path: Path) -> Tokenizer:

@@ -12,7 +12,7 @@ import typer
 
 from nsa_cli.cli import options
 from nsa_cli.cli.resolve import Resolved, load
-from nsa_cli.cli.start import begins_from, take_shape
+from nsa_cli.cli.start import begins_from, refuse_weight_alone, take_shape
 from nsa_cli.config import PRESETS, ModelConfig, NSAConfig, TrainConfig
 from nsa_cli.errors import ExitCode, NsaError
 
@@ -65,6 +65,8 @@ def train(
     out: options.Out = Path("ckpt.safetensors"),
     resume: options.Resume = None,
     init_from: options.InitFrom = None,
+    distill_from: options.DistillFrom = None,
+    distill_weight: options.DistillWeight = None,
     overwrite: options.Overwrite = False,
     save_every: options.SaveEvery = None,
     log_every: options.LogEvery = None,
@@ -131,6 +133,7 @@ def _train(data: list[str], settings: Resolved, paths: RunPaths) -> TrainResult:
     resume: Path | None = settings["resume"]
     init_from = begins_from(settings)
     refuse_start(init_from, resume)
+    refuse_weight_alone(settings)
     if resume is not None:
         _continue(settings, resume)
     tokenizer = _tokenizer(settings)
@@ -166,6 +169,7 @@ def _train(data: list[str], settings: Resolved, paths: RunPaths) -> TrainResult:
             dtype=machine.dtype,
             resume=resume,
             init_from=init_from,
+            distill_from=settings["distill_from"],
             overwrite=settings["overwrite"],
             reporter=reporter,
             notices=[machine.notice] if machine.notice else [],

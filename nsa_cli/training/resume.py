@@ -114,8 +114,8 @@ def _settings(state: Path, meta: Mapping[str, Any]) -> tuple[ModelConfig, TrainC
         for key, (right, rule) in _META.items():
             if not right(meta[key]):
                 raise ValueError(f"{key} = {meta[key]!r}: must be {rule}")
-        if not isinstance(meta.get("origins", {}), dict):
-            raise ValueError(f"origins = {meta['origins']!r}: must be a table")
+        if not _are_origins(meta.get("origins", {})):
+            raise ValueError(f"origins = {meta['origins']!r}: must be a table of records")
         return ModelConfig.from_dict(meta["model"]), TrainConfig(**meta["train"])
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
         raise _unreadable(state, error) from error
@@ -138,6 +138,13 @@ def _is_line(value: Any) -> bool:
     if not isinstance(value, dict) or not _is_count(value.get("step")):
         return False
     return all(number is None or type(number) in (int, float) for key, number in value.items() if key != "gates")
+
+
+def _are_origins(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    teacher = value.get("distill_from", {"path": "", "fingerprint": ""})
+    return isinstance(teacher, dict) and all(isinstance(teacher.get(key), str) for key in ("path", "fingerprint"))
 
 
 _META: dict[str, tuple[Callable[[Any], bool], str]] = {
