@@ -28,6 +28,7 @@ from nsa_cli.training.convert import begin_from, told
 from nsa_cli.training.device import arithmetic, deterministic_on_cpu, explained_errors
 from nsa_cli.training.distill import DistillingLoss, find_teacher, load_teacher
 from nsa_cli.training.graphs import CapturedGradients, refuse_cuda_graph
+from nsa_cli.training.health import selection_health
 from nsa_cli.training.metrics import Clock, MetricsLog, bits_per_byte, finite, header_record, machine_record
 from nsa_cli.training.optim import FiniteGuard, clipped_update, make_optimizer
 from nsa_cli.training.resume import check_continues, read_run, refuse_start
@@ -297,21 +298,27 @@ class _Run:
             self.save()
 
     def validate(self, interruption: Interruption) -> dict[str, Any] | None:
-        """val_loss and val_bits_per_byte of the weights as they are; None if interrupted. Remembers the best."""
+        """val_loss, val_bits_per_byte and (sparse) selection of the weights as they are; None if interrupted. Remembers
+        the best."""
         progress, corpus = self.progress, self.corpus
-        batches = validation_batches(
-            corpus.val, self.plan, context=self.context, max_tokens=self.config.eval_tokens, device=self.device
-        )
         with evaluating(self.model):
-            loss = validation_loss(self.forward, batches, autocast=self.autocast, interruption=interruption)
+            loss = validation_loss(self.forward, self.validation_batches(), autocast=self.autocast, interruption=interruption)
             if loss is None:
                 return None
+            window = next(iter(self.validation_batches()))[0][:1]
+            health = selection_health(self.model, window, autocast=self.autocast)
             if self.sampler_hook is not None:
                 self.sampler_hook(self.model, progress.step)
         progress.val_loss = loss if math.isfinite(loss) else None
         if progress.val_loss is not None and (progress.best_val_loss is None or loss < progress.best_val_loss):
             progress.best_val_loss, progress.best_step = loss, progress.step
-        return {"val_loss": loss, "val_bits_per_byte": bits_per_byte(loss, len(corpus.val), corpus.val_bytes)}
+        measured = {"val_loss": loss, "val_bits_per_byte": bits_per_byte(loss, len(corpus.val), corpus.val_bytes)}
+        return {**measured, "selection": health} if health else measured
+
+    def validation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The fixed batches of a validation, the same every time."""
+        tokens = self.config.eval_tokens
+        return validation_batches(self.corpus.val, self.plan, context=self.context, max_tokens=tokens, device=self.device)
 
     def save(self) -> None:
         """All files of this step; a diverged run is not saved over a good one."""

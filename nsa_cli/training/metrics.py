@@ -9,8 +9,9 @@ A step's line: step, loss (nats per token, the mean over the step's batch, befor
 grad_norm (before clipping), skipped (updates left out so far because loss or gradient was not finite), tokens_per_s
 (since the line before, validation and saving not counted), elapsed_s (of the run, resumed parts added up); with a teacher
 distill_kl, KL(teacher || student) in nats per token: what is minimised is loss + distill_weight * distill_kl; for sparse
-models gates, per layer the means of [cmp, slc, win]; after a validation val_loss and val_bits_per_byte. A number that
-is not finite is null: JSON has no NaN.
+models gates, per layer the means of [cmp, slc, win]; after a validation val_loss and val_bits_per_byte, and for sparse
+models selection: a list a layer of entropy_nats, entropy_share, changed and never_selected (nsa_cli.training.health). A
+number that is not finite is null: JSON has no NaN.
 """
 
 from __future__ import annotations
