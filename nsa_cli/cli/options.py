@@ -238,6 +238,10 @@ DistillWeight = Annotated[
 Overwrite = Annotated[bool, _flag("--overwrite", "Replace an existing --out.", OUTPUT)]
 SaveEvery = Annotated[int | None, _field(_count, "--save-every", "Steps between saved states; 0 saves at the end.", OUTPUT)]
 LogEvery = Annotated[int | None, _field(_count, "--log-every", "Steps between metric lines.", OUTPUT)]
+Log = Annotated[
+    list[str] | None,
+    _flag("--log", "Show the metrics there too: tensorboard or wandb; may be repeated.", OUTPUT, metavar="NAME"),
+]
 EvalEvery = Annotated[int | None, _field(_count, "--eval-every", "Steps between validations; 0 never validates.", OUTPUT)]
 EvalTokens = Annotated[int | None, _field(_count, "--eval-tokens", "Most tokens of a validation.", OUTPUT)]
 

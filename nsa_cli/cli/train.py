@@ -70,6 +70,7 @@ def train(
     overwrite: options.Overwrite = False,
     save_every: options.SaveEvery = None,
     log_every: options.LogEvery = None,
+    log: options.Log = None,
     eval_every: options.EvalEvery = None,
     eval_tokens: options.EvalTokens = None,
     json: options.Json = False,
@@ -127,6 +128,7 @@ def _train(data: list[str], settings: Resolved, paths: RunPaths) -> TrainResult:
     from nsa_cli.data import load_corpus
     from nsa_cli.training import train as train_model
     from nsa_cli.training.convert import refuse_other_tokenizer
+    from nsa_cli.training.loggers import LoggedReporter, make_loggers
     from nsa_cli.training.resume import refuse_start
 
     messages = output.Messages(quiet=settings["quiet"])
@@ -134,6 +136,7 @@ def _train(data: list[str], settings: Resolved, paths: RunPaths) -> TrainResult:
     init_from = begins_from(settings)
     refuse_start(init_from, resume)
     refuse_weight_alone(settings)
+    loggers = make_loggers(settings["log"] or [], paths, quiet=settings["quiet"])
     if resume is not None:
         _continue(settings, resume)
     tokenizer = _tokenizer(settings)
@@ -158,7 +161,10 @@ def _train(data: list[str], settings: Resolved, paths: RunPaths) -> TrainResult:
         text_key=settings["text_key"],
         stdin=sys.stdin.buffer,
     )
-    with output.TrainingReporter(messages, json_lines=settings["json"], verbose=settings["verbose"]) as reporter:
+    with (
+        output.TrainingReporter(messages, json_lines=settings["json"], verbose=settings["verbose"]) as told,
+        LoggedReporter(told, loggers) as reporter,
+    ):
         result = train_model(
             model_config,
             train_config,
