@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.nn import functional as F
 
 from nsa_cli.checkpoint import load_checkpoint
 from nsa_cli.config import ModelConfig, NSAConfig
@@ -34,9 +33,10 @@ from nsa_cli.errors import ExitCode, NsaError
 from nsa_cli.model import Transformer
 from nsa_cli.model.compress import Compression
 from nsa_cli.model.nsa import SparseAttention
+from nsa_cli.model.transformer import IGNORED_TARGET
 from nsa_cli.training.batches import BatchPlan, validation_batches
 from nsa_cli.training.device import explained_errors
-from nsa_cli.training.distill import file_fingerprint, kl_nats
+from nsa_cli.training.distill import cross_entropy, file_fingerprint, kl_nats
 from nsa_cli.training.resume import flag, shown
 from nsa_cli.training.validation import evaluating
 
@@ -214,13 +214,14 @@ def measure_distance(
 ) -> Distance:
     """Both models on the same batches, in eval mode; random states are as before afterwards."""
     total = torch.zeros(3, dtype=torch.float64, device=model.device)
-    tokens = 0
+    count = torch.zeros((), dtype=torch.int64, device=model.device)
     with evaluating(model), evaluating(source):
         for inputs, targets in batches:
             with autocast():
                 theirs, ours = source(inputs), model(inputs)
-            losses = [F.cross_entropy(logits.flatten(0, 1), targets.flatten()) for logits in (theirs, ours)]
-            total += torch.stack([kl_nats(theirs, ours, targets), *losses]).double() * targets.numel()
-            tokens += targets.numel()
-    kl, source_loss, loss = (total / tokens).tolist()
+            losses = [cross_entropy(logits, targets) for logits in (theirs, ours)]
+            predicted = (targets != IGNORED_TARGET).sum()
+            total += torch.stack([kl_nats(theirs, ours, targets), *losses]).double() * predicted
+            count += predicted
+    kl, source_loss, loss = (total / count).tolist()
     return Distance(max(kl, 0.0), source_loss, loss)

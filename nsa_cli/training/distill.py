@@ -41,6 +41,11 @@ def kl_nats(teacher: Tensor, student: Tensor, targets: Tensor) -> Tensor:
     return (each * predicted).sum() / predicted.sum().clamp(min=1)
 
 
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats over the tokens that have a target: what the model makes of its own logits; a scalar."""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED_TARGET)
+
+
 class DistillingLoss:
     """(inputs, targets, ...) -> [cross-entropy, weight * KL(teacher || student)] in nats a token, float32 [2].
 
@@ -54,8 +59,7 @@ class DistillingLoss:
         with torch.no_grad():
             theirs = self.teacher(inputs, None, *more)
         ours = self.student(inputs, None, *more)
-        loss = F.cross_entropy(ours.flatten(0, 1), targets.flatten(), ignore_index=IGNORED_TARGET)
-        return torch.stack((loss, self.weight * kl_nats(theirs, ours, targets)))
+        return torch.stack((cross_entropy(ours, targets), self.weight * kl_nats(theirs, ours, targets)))
 
 
 def find_teacher(given: Path | None, saved: SavedRun | None, paths: RunPaths) -> dict[str, str] | None:

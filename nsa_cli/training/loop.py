@@ -305,7 +305,7 @@ class _Run:
             loss = validation_loss(self.forward, self.validation_batches(), autocast=self.autocast, interruption=interruption)
             if loss is None:
                 return None
-            window = next(iter(self.validation_batches()))[0][:1]
+            window = next(iter(self.validation_batches()))[0][:1, : self.context]
             health = selection_health(self.model, window, autocast=self.autocast)
             if self.sampler_hook is not None:
                 self.sampler_hook(self.model, progress.step)
