@@ -201,6 +201,7 @@ class TrainingReporter:
 _LINE_PARTS = (
     ("loss", "loss", ".4f"),
     ("bits/byte", "bits_per_byte", ".3f"),
+    ("distill", "distill_kl", ".4f"),
     ("val", "val_loss", ".4f"),
     ("val bits/byte", "val_bits_per_byte", ".3f"),
     ("lr", "lr", ".2e"),

@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases (`--log`), fed with the records of the metrics file. No torch until one is used.
+"""TensorBoard and Weights & Biases (`--log`), fed with the records of the metrics file.
 
 A logger only watches: whatever it raises ends its own work with one notice, and the run goes on. Both write beside the
 checkpoint; a resumed run goes on in the same place.
