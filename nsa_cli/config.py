@@ -172,6 +172,7 @@ class TrainConfig:
     steps: optimizer steps. batch_tokens: tokens a step, a multiple of the context; gradients are accumulated over
     micro-batches of at most micro_batch_tokens (None: the whole step at once). lr is the peak; min_lr_ratio * lr the end of
     the decay; warmup and (for wsd) decay_ratio * steps shape the schedule. weight_decay acts on matrices only.
+    distill_weight multiplies a teacher's KL divergence.
     eval_every 0 never validates; eval_tokens bounds a validation pass; val_fraction is the held-out tail of the data.
     """
 
@@ -195,6 +196,7 @@ class TrainConfig:
     save_every: int = 500
     compile: bool = False
     cuda_graph: bool = False
+    distill_weight: float = 1.0
 
     def __post_init__(self) -> None:
         for field in ("steps", "batch_tokens", "log_every", "eval_tokens"):
@@ -204,8 +206,10 @@ class TrainConfig:
         if self.micro_batch_tokens is not None:
             _require_int(self, "micro_batch_tokens", 1)
         _require_choice(self, "schedule", SCHEDULES)
-        for field in ("lr", "weight_decay", "grad_clip"):
+        for field in ("lr", "weight_decay", "grad_clip", "distill_weight"):
             _require_number(self, field, 0.0)
+        rule = "must be above 0: without --distill-from there is no teacher"
+        _require(self.distill_weight > 0, "distill_weight", self.distill_weight, rule)
         for field in ("min_lr_ratio", "decay_ratio"):
             _require_number(self, field, 0.0, 1.0)
         for field in ("beta1", "beta2"):

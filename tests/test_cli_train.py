@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nsa_cli.checkpoint import load_state, read_info
+from nsa_cli.cli import output
 from nsa_cli.cli.app import run
 from nsa_cli.errors import ExitCode
 from tests.command_line import shell, text
@@ -99,3 +102,45 @@ def test_a_reader_of_the_json_lines_that_leaves_ends_the_run_with_141_and_its_fi
     _, meta = load_state("ckpt.state.safetensors")
     assert meta["step"] >= 1
     assert read_info("ckpt.safetensors").step == meta["step"]
+
+
+def json_lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def metrics_lines() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path("ckpt.metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("sparse", ["--dense", "--sparse"])
+def test_json_streams_the_lines_of_the_metrics_file_and_the_checkpoints_path_last(
+    here: Path, sparse: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(f"train data.txt {SMALL} {sparse} --json -q --steps 4 --log-every 1 --eval-every 2".split()) == 0
+    assert json_lines(capsys) == [*metrics_lines(), {"checkpoint": "ckpt.safetensors"}]
+    assert [line.get("step") for line in metrics_lines()] == [None, 1, 2, 3, 4]
+
+
+def test_json_of_an_interrupted_run_ends_with_the_checkpoints_path_and_the_resumed_one_goes_on(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tell = output.TrainingReporter.metrics
+
+    def interrupt(self: output.TrainingReporter, line: dict[str, Any]) -> None:
+        tell(self, line)
+        if line["step"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(output.TrainingReporter, "metrics", interrupt)
+        assert run(f"train data.txt {SMALL} --json -q --steps 4 --log-every 1".split()) == ExitCode.TERMINATED
+    before = metrics_lines()
+    assert json_lines(capsys) == [*before, {"checkpoint": "ckpt.safetensors"}]
+    assert before[-1]["step"] == 2
+    assert run(["train", "data.txt", "--resume", "ckpt.safetensors", "--json", "-q"]) == 0
+    resumed, *lines = json_lines(capsys)
+    record, *rest = metrics_lines()[len(before) :]
+    assert [*rest, {"checkpoint": "ckpt.safetensors"}] == lines
+    # On a stream of its own the record says what is trained as well.
+    assert resumed.items() >= record.items()
+    assert (resumed["event"], resumed["from_step"], resumed["model"]) == ("resume", 2, before[0]["model"])

@@ -82,6 +82,8 @@ def hook_losses(monkeypatch: Any, change: Callable[[int, bool, Tensor], Tensor |
         model = build(*args, **kwargs)
 
         def hook(module: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+            if output.ndim > 0:  # logits
+                return None
             calls[module.training] += 1
             return change(calls[module.training], module.training, output)
 

@@ -218,9 +218,30 @@ Out = Annotated[Path, _flag("--out", "Checkpoint to write; its other files stand
 Resume = Annotated[
     Path | None, _flag("--resume", "Go on with this checkpoint's run.", OUTPUT, metavar="CKPT", show_default=False)
 ]
+InitFrom = Annotated[
+    Path | None,
+    _flag(
+        "--init-from",
+        "Begin with this checkpoint's weights, in its shape; with --sparse a dense one is made sparse.",
+        MODEL,
+        metavar="CKPT",
+    ),
+]
+DistillFrom = Annotated[
+    Path | None,
+    _flag("--distill-from", "Learn from this checkpoint's distribution besides the text.", OPTIMISATION, metavar="CKPT"),
+]
+DistillWeight = Annotated[
+    float | None,
+    _field(_real, "--distill-weight", "Weight of KL(teacher || student) in the loss, with --distill-from.", OPTIMISATION),
+]
 Overwrite = Annotated[bool, _flag("--overwrite", "Replace an existing --out.", OUTPUT)]
 SaveEvery = Annotated[int | None, _field(_count, "--save-every", "Steps between saved states; 0 saves at the end.", OUTPUT)]
 LogEvery = Annotated[int | None, _field(_count, "--log-every", "Steps between metric lines.", OUTPUT)]
+Log = Annotated[
+    list[str] | None,
+    _flag("--log", "Show the metrics there too: tensorboard or wandb; may be repeated.", OUTPUT, metavar="NAME"),
+]
 EvalEvery = Annotated[int | None, _field(_count, "--eval-every", "Steps between validations; 0 never validates.", OUTPUT)]
 EvalTokens = Annotated[int | None, _field(_count, "--eval-tokens", "Most tokens of a validation.", OUTPUT)]
 

@@ -106,8 +106,8 @@ class TrainingReporter:
     line every few seconds and for each validation. With json_lines the records go to stdout besides.
     """
 
-    def __init__(self, messages: Messages, *, json_lines: bool) -> None:
-        self._messages, self._json = messages, json_lines
+    def __init__(self, messages: Messages, *, json_lines: bool, verbose: bool = False) -> None:
+        self._messages, self._json, self._verbose = messages, json_lines, verbose
         self._live = messages.console.is_live and not messages.quiet
         self._steps = 0
         self._bar: Progress | None = None
@@ -132,6 +132,9 @@ class TrainingReporter:
         kernel = f", kernel {info['kernel']}" if kind == "sparse" else ""
         where = f"{info['device']}, {info['dtype']}{kernel}"
         self._messages.notice(f"{kind} model of {parameters['total']:,} parameters{compression} on {where}")
+        begun = info.get("init_from")
+        if begun is not None and self._verbose and "from_step" not in info:
+            self._messages.list_settings([f"{part}: {name}" for part in ("copied", "new", "unused") for name in begun[part]])
         tokens = f"{data['train_tokens']:,} tokens to train on, {data['val_tokens']:,} held out"
         resumed = f"; going on from step {info['from_step']}" if "from_step" in info else ""
         self._messages.notice(tokens + resumed)
@@ -198,6 +201,7 @@ class TrainingReporter:
 _LINE_PARTS = (
     ("loss", "loss", ".4f"),
     ("bits/byte", "bits_per_byte", ".3f"),
+    ("distill", "distill_kl", ".4f"),
     ("val", "val_loss", ".4f"),
     ("val bits/byte", "val_bits_per_byte", ".3f"),
     ("lr", "lr", ".2e"),

@@ -12,6 +12,7 @@ import typer
 
 from nsa_cli.cli import options
 from nsa_cli.cli.resolve import Resolved, load
+from nsa_cli.cli.start import begins_from, refuse_weight_alone, take_shape
 from nsa_cli.config import PRESETS, ModelConfig, NSAConfig, TrainConfig
 from nsa_cli.errors import ExitCode, NsaError
 
@@ -63,9 +64,13 @@ def train(
     val_fraction: options.ValFraction = None,
     out: options.Out = Path("ckpt.safetensors"),
     resume: options.Resume = None,
+    init_from: options.InitFrom = None,
+    distill_from: options.DistillFrom = None,
+    distill_weight: options.DistillWeight = None,
     overwrite: options.Overwrite = False,
     save_every: options.SaveEvery = None,
     log_every: options.LogEvery = None,
+    log: options.Log = None,
     eval_every: options.EvalEvery = None,
     eval_tokens: options.EvalTokens = None,
     json: options.Json = False,
@@ -122,12 +127,24 @@ def _train(data: list[str], settings: Resolved, paths: RunPaths) -> TrainResult:
     from nsa_cli.cli.machine import find_machine
     from nsa_cli.data import load_corpus
     from nsa_cli.training import train as train_model
+    from nsa_cli.training.convert import refuse_other_tokenizer
+    from nsa_cli.training.loggers import LoggedReporter, make_loggers
+    from nsa_cli.training.resume import refuse_start
 
     messages = output.Messages(quiet=settings["quiet"])
     resume: Path | None = settings["resume"]
+    init_from = begins_from(settings)
+    refuse_start(init_from, resume)
+    refuse_weight_alone(settings)
+    loggers = make_loggers(settings["log"] or [], paths, quiet=settings["quiet"])
     if resume is not None:
         _continue(settings, resume)
     tokenizer = _tokenizer(settings)
+    if init_from is not None and resume is None:
+        theirs = take_shape(settings, init_from)
+        if settings["tokenizer"] is not None:
+            refuse_other_tokenizer(init_from, theirs, tokenizer)
+        tokenizer = theirs
     model_config, train_config = configurations(settings, tokenizer.vocab_size)
     if settings["verbose"]:
         messages.list_settings(settings.report())
@@ -144,7 +161,10 @@ def _train(data: list[str], settings: Resolved, paths: RunPaths) -> TrainResult:
         text_key=settings["text_key"],
         stdin=sys.stdin.buffer,
     )
-    with output.TrainingReporter(messages, json_lines=settings["json"]) as reporter:
+    with (
+        output.TrainingReporter(messages, json_lines=settings["json"], verbose=settings["verbose"]) as told,
+        LoggedReporter(told, loggers) as reporter,
+    ):
         result = train_model(
             model_config,
             train_config,
@@ -154,6 +174,8 @@ def _train(data: list[str], settings: Resolved, paths: RunPaths) -> TrainResult:
             kernel=machine.kernel,
             dtype=machine.dtype,
             resume=resume,
+            init_from=init_from,
+            distill_from=settings["distill_from"],
             overwrite=settings["overwrite"],
             reporter=reporter,
             notices=[machine.notice] if machine.notice else [],
@@ -222,8 +244,8 @@ def _fit_heads(settings: Resolved) -> None:
 
 
 def _fit_batch(settings: Resolved) -> None:
-    """The preset's tokens a step, rounded down to whole windows of the context that the user chose, at least one."""
-    if not settings.chosen("context"):
+    """The preset's tokens a step, rounded down to whole windows of a context that is not the preset's, at least one."""
+    if settings.origins["context"].kind in ("preset", "default"):
         return
     context = settings["context"]
     for name in ("batch_tokens", "micro_batch_tokens"):

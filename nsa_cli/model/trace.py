@@ -5,7 +5,7 @@ The tensors recorded are those that the pass used; recording adds no arithmetic 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -55,15 +55,23 @@ class LayerTrace:
 def record(model: Transformer) -> Iterator[list[LayerTrace]]:
     """`with record(model) as layers: model(ids)` fills `layers`, one trace a layer; it stays empty for a dense model."""
     layers: list[LayerTrace] = []
+    with watch(model, layers.append):
+        yield layers
+
+
+@contextmanager
+def watch(model: Transformer, see: Callable[[LayerTrace], None]) -> Iterator[None]:
+    """`with watch(model, see): model(ids)` calls `see` with the trace of each sparse layer as the pass leaves it, so that a
+    long text's traces need not be held all at once."""
     sparse = [(i, b.attn) for i, b in enumerate(model.layers) if isinstance(b.attn, SparseAttention)]
     for i, attention in sparse:
 
         def keep(*tensors: Tensor, layer: int = i, nsa: NSAConfig = attention.nsa) -> None:
-            layers.append(LayerTrace(layer, nsa, *(x.detach() for x in tensors)))
+            see(LayerTrace(layer, nsa, *(x.detach() for x in tensors)))
 
         attention.recorder = keep
     try:
-        yield layers
+        yield
     finally:
         for _, attention in sparse:
             attention.recorder = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy.typing as npt
@@ -24,6 +24,13 @@ def to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
     """The array as a tensor on the device; to a GPU through pinned memory, so that the host need not wait."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def arithmetic(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """bfloat16 arithmetic over float32 weights when asked for; float32 and float64 need none."""
+    if dtype is not torch.bfloat16:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ WARM_UPS = 3
 """Passes before a capture, in which libraries make their handles and kernels are compiled."""
 
 Forward = Callable[[Tensor, Tensor], Tensor]
+"""(inputs, targets) -> the loss, or the parts that it is the sum of."""
 Autocast = Callable[[], AbstractContextManager[Any]]
 
 
@@ -59,7 +60,7 @@ class CapturedGradients:
             parameter.grad = gradient
 
     def __call__(self, inputs: Tensor, targets: Tensor, share: float) -> Tensor:
-        """The loss, a scalar that the next call overwrites."""
+        """The loss, a scalar or the vector of its parts, that the next call overwrites."""
         captured = self.captured.get(inputs.shape)
         if captured is None:
             captured = self.captured[inputs.shape] = self._capture(inputs, targets)
@@ -72,7 +73,7 @@ class CapturedGradients:
     def _pass(self, inputs: Tensor, targets: Tensor, share: Tensor) -> Tensor:
         with self.autocast():
             loss = self.forward(inputs, targets) * share
-        loss.backward()
+        loss.sum().backward()
         return loss.detach()
 
     def _capture(self, inputs: Tensor, targets: Tensor) -> _Captured:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,14 @@ from nsa_cli.data import Corpus
 from nsa_cli.model import Transformer, build_model
 from nsa_cli.ops.dispatch import resolve_kernel
 from nsa_cli.training.batches import BatchPlan, plan_batches, training_batches, validation_batches
-from nsa_cli.training.device import deterministic_on_cpu, explained_errors
+from nsa_cli.training.convert import begin_from, told
+from nsa_cli.training.device import arithmetic, deterministic_on_cpu, explained_errors
+from nsa_cli.training.distill import DistillingLoss, find_teacher, load_teacher
 from nsa_cli.training.graphs import CapturedGradients, refuse_cuda_graph
+from nsa_cli.training.health import selection_health
 from nsa_cli.training.metrics import Clock, MetricsLog, bits_per_byte, finite, header_record, machine_record
 from nsa_cli.training.optim import FiniteGuard, clipped_update, make_optimizer
-from nsa_cli.training.resume import check_continues, read_run
+from nsa_cli.training.resume import check_continues, read_run, refuse_start
 from nsa_cli.training.run import Reporter, RunPaths, SilentReporter, TrainResult
 from nsa_cli.training.saving import Progress, RunFiles
 from nsa_cli.training.schedule import learning_rate, warmup_steps
@@ -47,6 +51,8 @@ def train(
     kernel: str = "auto",
     dtype: torch.dtype | None = None,
     resume: Path | None = None,
+    init_from: Path | None = None,
+    distill_from: Path | None = None,
     overwrite: bool = False,
     reporter: Reporter | None = None,
     notices: Sequence[str] = (),
@@ -59,6 +65,8 @@ def train(
     resume: last weights or state file of a run to go on with (nsa_cli.training.resume says with which settings). Its
     metrics lines up to its step are kept or, for other paths, copied. A finished run is left as it is (for other
     paths: copied).
+    init_from: a checkpoint whose weights a new run begins with (nsa_cli.training.convert); not with `resume`.
+    distill_from: a checkpoint to learn from besides the text (nsa_cli.training.distill); a resumed run remembers its own.
     notices: lines for the metrics header, already shown to the user; a kernel's fallback is added to them and reported.
     sampler_hook(model, step): called after each validation, in eval mode without gradients; its random numbers do not
     disturb the run's.
@@ -78,12 +86,15 @@ def train(
         size = corpus.tokenizer.vocab_size
         raise ValueError(f"vocab_size = {model_config.vocab_size}: must be the tokenizer's {size}")
     plan = plan_batches(model_config, config)
+    refuse_start(init_from, resume)
     saved = None if resume is None else read_run(resume)
     moves = saved is None or saved.moves_to(paths)
     if moves and not overwrite:
         paths.refuse_existing()
     if saved is not None:
         check_continues(saved, model_config, config, corpus)
+    left = saved is None or saved.step < config.steps
+    teacher_record = find_teacher(distill_from, saved, paths) if left else None
     sparse = model_config.nsa is not None  # dense attention is SDPA whatever the kernel
     name, fallback = resolve_kernel(kernel, device, allow_fallback=True) if sparse else ("torch", None)
     if fallback is not None:
@@ -97,17 +108,29 @@ def train(
         model = build_model(model_config, device=device, dtype=weights, kernel="auto" if kernel == "auto" else name)
         if config.cuda_graph:
             refuse_cuda_graph(device, model.kernel if sparse else "dense")
+        origins = {} if saved is None else saved.origins
+        if init_from is not None:
+            autocast = partial(arithmetic, device, dtype)
+            start = begin_from(init_from, model, corpus, plan, eval_tokens=config.eval_tokens, autocast=autocast)
+            reporter.notice(told(start))
+            origins = {"init_from": start}
+        teacher = None
+        if teacher_record is not None:
+            teacher = load_teacher(Path(teacher_record["path"]), corpus.tokenizer, device=device, dtype=weights)
+            if config.cuda_graph:
+                refuse_cuda_graph(device, teacher.kernel if teacher.config.nsa is not None else "dense")
+            origins = {**origins, "distill_from": teacher_record}
         machine = machine_record(model, config, device=device, dtype=dtype, notices=notices)
-        header = header_record(model, corpus, machine)
+        header = {**header_record(model, corpus, machine), **origins}
         optimizer, guard = make_optimizer(model, config), FiniteGuard(device)
-        files = RunFiles(paths, model, optimizer, guard, config, corpus, device)
+        files = RunFiles(paths, model, optimizer, guard, config, corpus, device, origins)
         log = MetricsLog(paths.metrics)
         progress, elapsed_s = Progress(), 0.0
         if saved is not None:
             progress, elapsed_s = files.restore(saved), float(saved.meta["elapsed_s"])
             for path in files.restore_files(saved, progress):
                 reporter.notice(f"restored {path}")
-        run = _Run(files, progress, plan, dtype, Clock(elapsed_s), log, reporter, sampler_hook)
+        run = _Run(files, progress, plan, dtype, Clock(elapsed_s), log, reporter, sampler_hook, teacher)
         if not moves and progress.step >= config.steps and progress.pending is None:
             reporter.notice(f"{paths.last} has done all of its {config.steps} steps: nothing to do")
             return run.result("finished", None)
@@ -141,6 +164,7 @@ class _Run:
         log: MetricsLog,
         reporter: Reporter,
         sampler_hook: SamplerHook | None,
+        teacher: Transformer | None = None,
     ) -> None:
         self.files, self.progress, self.plan = files, progress, plan
         self.clock, self.log, self.reporter, self.sampler_hook = clock, log, reporter, sampler_hook
@@ -149,10 +173,14 @@ class _Run:
         self.forward: Callable[[Tensor, Tensor], Tensor] = self.model
         if self.config.compile:
             self.forward = torch.compile(self.model)
+        self.objective = self.forward
+        if teacher is not None:
+            self.objective = DistillingLoss(self.forward, teacher, self.config.distill_weight)
+        self.parts = () if teacher is None else (2,)
         self.dtype = dtype
         self.captured: CapturedGradients | None = None
         if self.config.cuda_graph:
-            self.captured = CapturedGradients(self.forward, self.model.parameters(), self.autocast)
+            self.captured = CapturedGradients(self.objective, self.model.parameters(), self.autocast)
         self.line: dict[str, Any] = {}
         self.saved_step: int | None = None
 
@@ -205,9 +233,10 @@ class _Run:
         return every > 0 and (step % every == 0 or step == self.config.steps)
 
     def update(self, step: int) -> tuple[Tensor, Tensor, float]:
-        """Gradients of the whole batch and one update: mean loss, gradient norm (on the device) and learning rate."""
+        """Gradients of the whole batch and one update: mean loss (or its parts), gradient norm (on the device) and
+        learning rate."""
         seed, train = self.config.seed, self.corpus.train
-        total = torch.zeros((), dtype=torch.float32, device=self.device)
+        total = torch.zeros(self.parts, dtype=torch.float32, device=self.device)
         batches = training_batches(train, self.plan, seed=seed, step=step, context=self.context, device=self.device)
         if self.captured is not None:
             self.captured.begin()
@@ -216,24 +245,22 @@ class _Run:
                 total += self.captured(inputs, targets, share)
                 continue
             with self.autocast():
-                loss = self.forward(inputs, targets) * share
-            loss.backward()
+                loss = self.objective(inputs, targets) * share
+            loss.sum().backward()
             total += loss.detach()
         lr = learning_rate(step, self.config)
         grad_clip = self.config.grad_clip
-        norm = clipped_update(self.files.optimizer, self.files.guard, step=step, loss=total, lr=lr, grad_clip=grad_clip)
+        norm = clipped_update(self.files.optimizer, self.files.guard, step=step, loss=total.sum(), lr=lr, grad_clip=grad_clip)
         return total, norm, lr
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """bfloat16 arithmetic over float32 weights when asked for; float32 and float64 need none."""
-        if self.dtype is not torch.bfloat16:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        """That of the run's dtype on its device."""
+        return arithmetic(self.device, self.dtype)
 
     def measured(self, step: int, loss: Tensor, norm: Tensor, lr: float) -> dict[str, Any]:
         """The metrics line of a step without a validation; the host waits for the device here."""
         skipped = self.files.guard.check()
-        nats = float(loss.item())
+        nats, *distilled = loss.reshape(-1).tolist()
         line: dict[str, Any] = {
             "step": step,
             "loss": nats,
@@ -244,6 +271,8 @@ class _Run:
             "tokens_per_s": round(self.clock.tokens_per_s(), 1),
             "elapsed_s": round(self.clock.elapsed_s, 3),
         }
+        if distilled:
+            line["distill_kl"] = distilled[0] / self.config.distill_weight
         if self.model.config.nsa is not None:
             line["gates"] = self.model.gate_means()
         return line
@@ -269,21 +298,27 @@ class _Run:
             self.save()
 
     def validate(self, interruption: Interruption) -> dict[str, Any] | None:
-        """val_loss and val_bits_per_byte of the weights as they are; None if interrupted. Remembers the best."""
+        """val_loss, val_bits_per_byte and (sparse) selection of the weights as they are; None if interrupted. Remembers
+        the best."""
         progress, corpus = self.progress, self.corpus
-        batches = validation_batches(
-            corpus.val, self.plan, context=self.context, max_tokens=self.config.eval_tokens, device=self.device
-        )
         with evaluating(self.model):
-            loss = validation_loss(self.forward, batches, autocast=self.autocast, interruption=interruption)
+            loss = validation_loss(self.forward, self.validation_batches(), autocast=self.autocast, interruption=interruption)
             if loss is None:
                 return None
+            window = next(iter(self.validation_batches()))[0][:1, : self.context]
+            health = selection_health(self.model, window, autocast=self.autocast)
             if self.sampler_hook is not None:
                 self.sampler_hook(self.model, progress.step)
         progress.val_loss = loss if math.isfinite(loss) else None
         if progress.val_loss is not None and (progress.best_val_loss is None or loss < progress.best_val_loss):
             progress.best_val_loss, progress.best_step = loss, progress.step
-        return {"val_loss": loss, "val_bits_per_byte": bits_per_byte(loss, len(corpus.val), corpus.val_bytes)}
+        measured = {"val_loss": loss, "val_bits_per_byte": bits_per_byte(loss, len(corpus.val), corpus.val_bytes)}
+        return {**measured, "selection": health} if health else measured
+
+    def validation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The fixed batches of a validation, the same every time."""
+        tokens = self.config.eval_tokens
+        return validation_batches(self.corpus.val, self.plan, context=self.context, max_tokens=tokens, device=self.device)
 
     def save(self) -> None:
         """All files of this step; a diverged run is not saved over a good one."""

@@ -48,9 +48,21 @@ class SavedRun:
         """Optimizer steps done when it was saved."""
         return int(self.meta["step"])
 
+    @property
+    def origins(self) -> dict[str, Any]:
+        """What the run was made of besides text and seed: the records of --init-from and of its like."""
+        return dict(self.meta.get("origins", {}))
+
     def moves_to(self, paths: RunPaths) -> bool:
         """Whether going on at `paths` leaves this run's own files alone."""
         return self.paths.state.resolve() != paths.state.resolve()
+
+
+def refuse_start(init_from: Path | None, resume: Path | None) -> None:
+    """NsaError with exit 2 for both: a resumed run has weights of its own."""
+    if init_from is not None and resume is not None:
+        message = f"--init-from {init_from} begins a run, and --resume {resume} goes on with one"
+        raise NsaError(message, "leave --init-from out: the resumed run has its weights already", ExitCode.USAGE)
 
 
 def read_run(checkpoint: Path) -> SavedRun:
@@ -102,6 +114,8 @@ def _settings(state: Path, meta: Mapping[str, Any]) -> tuple[ModelConfig, TrainC
         for key, (right, rule) in _META.items():
             if not right(meta[key]):
                 raise ValueError(f"{key} = {meta[key]!r}: must be {rule}")
+        if not _are_origins(meta.get("origins", {})):
+            raise ValueError(f"origins = {meta['origins']!r}: must be a table of records")
         return ModelConfig.from_dict(meta["model"]), TrainConfig(**meta["train"])
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
         raise _unreadable(state, error) from error
@@ -124,6 +138,13 @@ def _is_line(value: Any) -> bool:
     if not isinstance(value, dict) or not _is_count(value.get("step")):
         return False
     return all(number is None or type(number) in (int, float) for key, number in value.items() if key != "gates")
+
+
+def _are_origins(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    teacher = value.get("distill_from", {"path": "", "fingerprint": ""})
+    return isinstance(teacher, dict) and all(isinstance(teacher.get(key), str) for key in ("path", "fingerprint"))
 
 
 _META: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -189,9 +210,10 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         elif key == "nsa":
             changes.append("the model was sparse, is dense" if now is None else "the model was dense, is sparse")
         else:
-            changes.append(f"{flag(key)} was {_shown(was)}, is {_shown(now)}")
+            changes.append(f"{flag(key)} was {shown(was)}, is {shown(now)}")
     return changes
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A setting's value as the user writes it."""
     return str(value).lower() if isinstance(value, bool) else str(value)

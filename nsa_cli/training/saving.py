@@ -7,7 +7,8 @@ belong to it, whatever weights of an earlier run still lie beside it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ class RunFiles:
     config: TrainConfig
     corpus: Corpus
     device: torch.device
+    origins: Mapping[str, Any] = field(default_factory=dict)
+    """What the run was made of besides text and seed, by setting; kept in the state for its resumptions."""
 
     def save(self, progress: Progress, *, elapsed_s: float) -> None:
         """State, last and, if this step is the best one, best weights. An earlier run's best weights are removed."""
@@ -70,6 +73,7 @@ class RunFiles:
             "train": self.config.to_dict(),
             "tokenizer": self.corpus.tokenizer.to_dict(),
             "fingerprint": self.corpus.fingerprint,
+            "origins": dict(self.origins),
         }
         with write_errors(self.paths.last):
             self.paths.last.parent.mkdir(parents=True, exist_ok=True)
