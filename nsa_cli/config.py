@@ -172,6 +172,8 @@ class TrainConfig:
     steps: optimizer steps. batch_tokens: tokens a step, a multiple of the context; gradients are accumulated over
     micro-batches of at most micro_batch_tokens (None: the whole step at once). lr is the peak; min_lr_ratio * lr the end of
     the decay; warmup and (for wsd) decay_ratio * steps shape the schedule. weight_decay acts on matrices only.
+    max_skipped: updates skipped in a row, for a loss or gradient that is not finite, that end the run: one bad batch is met
+    by the next good one, weights untouched, but different batches that all fail put the weights themselves at fault.
     eval_every 0 never validates; eval_tokens bounds a validation pass; val_fraction is the held-out tail of the data.
     """
 
@@ -187,6 +189,7 @@ class TrainConfig:
     beta1: float = 0.9
     beta2: float = 0.99
     grad_clip: float = 1.0
+    max_skipped: int = 10
     seed: int = 1337
     log_every: int = 10
     eval_every: int = 250
@@ -197,7 +200,7 @@ class TrainConfig:
     cuda_graph: bool = False
 
     def __post_init__(self) -> None:
-        for field in ("steps", "batch_tokens", "log_every", "eval_tokens"):
+        for field in ("steps", "batch_tokens", "log_every", "eval_tokens", "max_skipped"):
             _require_int(self, field, 1)
         for field in ("warmup", "seed", "eval_every", "save_every"):
             _require_int(self, field, 0)

@@ -195,6 +195,12 @@ WeightDecay = Annotated[float | None, _field(_real, "--weight-decay", "AdamW's d
 Beta1 = Annotated[float | None, _field(_real, "--beta1", "AdamW's first moment.", OPTIMISATION)]
 Beta2 = Annotated[float | None, _field(_real, "--beta2", "AdamW's second moment.", OPTIMISATION)]
 GradClip = Annotated[float | None, _field(_real, "--grad-clip", "Largest gradient norm; 0 clips nothing.", OPTIMISATION)]
+MaxSkipped = Annotated[
+    int | None,
+    _field(
+        _count, "--max-skipped", "Updates skipped in a row, loss or gradient not finite, that end with exit 4.", OPTIMISATION
+    ),
+]
 CudaGraph = Annotated[
     bool | None,
     _field(_flag, "--cuda-graph/--no-cuda-graph", "Replay each step as a CUDA graph: small models train faster.", RUNNING),

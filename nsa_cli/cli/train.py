@@ -58,6 +58,7 @@ def train(
     beta1: options.Beta1 = None,
     beta2: options.Beta2 = None,
     grad_clip: options.GradClip = None,
+    max_skipped: options.MaxSkipped = None,
     tokenizer: options.TokenizerFile = None,
     text_key: options.TextKey = "text",
     val_fraction: options.ValFraction = None,

@@ -24,9 +24,10 @@ from nsa_cli.model import Transformer, build_model
 from nsa_cli.ops.dispatch import resolve_kernel
 from nsa_cli.training.batches import BatchPlan, plan_batches, training_batches, validation_batches
 from nsa_cli.training.device import deterministic_on_cpu, explained_errors
+from nsa_cli.training.divergence import name_batch
 from nsa_cli.training.graphs import CapturedGradients, refuse_cuda_graph
 from nsa_cli.training.metrics import Clock, MetricsLog, bits_per_byte, finite, header_record, machine_record
-from nsa_cli.training.optim import FiniteGuard, clipped_update, make_optimizer
+from nsa_cli.training.optim import Diverged, FiniteGuard, clipped_update, make_optimizer
 from nsa_cli.training.resume import check_continues, read_run
 from nsa_cli.training.run import Reporter, RunPaths, SilentReporter, TrainResult
 from nsa_cli.training.saving import Progress, RunFiles
@@ -99,7 +100,7 @@ def train(
             refuse_cuda_graph(device, model.kernel if sparse else "dense")
         machine = machine_record(model, config, device=device, dtype=dtype, notices=notices)
         header = header_record(model, corpus, machine)
-        optimizer, guard = make_optimizer(model, config), FiniteGuard(device)
+        optimizer, guard = make_optimizer(model, config), FiniteGuard(device, config.max_skipped)
         files = RunFiles(paths, model, optimizer, guard, config, corpus, device)
         log = MetricsLog(paths.metrics)
         progress, elapsed_s = Progress(), 0.0
@@ -121,7 +122,7 @@ def train(
             log.resume(saved.paths.metrics, progress.step, header, record)
             info = {**header, **record}
         try:
-            with catch_signals() as interruption, run.saved_when_nobody_reads():
+            with catch_signals() as interruption, run.diverging_batch_named(), run.saved_when_nobody_reads():
                 reporter.start(info)
                 return run.to_the_end(interruption)
         finally:
@@ -165,6 +166,17 @@ class _Run:
             if self.saved_step != self.progress.step:
                 self.save()
             raise
+
+    @contextmanager
+    def diverging_batch_named(self) -> Iterator[None]:
+        """Adds the data that the first bad step saw to the error of a diverged run, and to the metrics."""
+        try:
+            yield
+        except Diverged as error:
+            seed, tokens = self.config.seed, self.corpus.train
+            named, record = name_batch(error, self.model, tokens, self.plan, seed=seed, autocast=self.autocast)
+            self.log.write(record)
+            raise named from error
 
     def to_the_end(self, interruption: Interruption) -> TrainResult:
         """Steps until the last one, or until a signal came; the state is saved either way."""
