@@ -113,6 +113,7 @@ def train(
             reporter.notice(f"{paths.last} has done all of its {config.steps} steps: nothing to do")
             return run.result("finished", None)
         info = header
+        files.remove_leftovers()
         if saved is None:
             # Killed after this the new run can be resumed; killed before it, an earlier one is still whole.
             files.save_state(progress, elapsed_s=0.0)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsa_cli.checkpoint import read_info, save_checkpoint, save_state
+from nsa_cli.checkpoint import read_info, remove_leftovers, save_checkpoint, save_state
 from nsa_cli.config import TrainConfig
 from nsa_cli.data import Corpus
 from nsa_cli.errors import ExitCode, NsaError
@@ -74,6 +74,11 @@ class RunFiles:
         with write_errors(self.paths.last):
             self.paths.last.parent.mkdir(parents=True, exist_ok=True)
         save_state(self.paths.state, self._tensors(), meta)
+
+    def remove_leftovers(self) -> None:
+        """What killed processes left half-written of this run's files."""
+        for path in vars(self.paths).values():
+            remove_leftovers(path)
 
     def restore(self, saved: SavedRun) -> Progress:
         """Weights, moments, counts and random states from a state file; NsaError with exit 3 if they do not fit."""
