@@ -64,6 +64,17 @@ def test_a_preset_on_the_command_line_of_a_resumption_is_refused_and_one_from_el
     assert run(resume) == 0
 
 
+def test_changed_data_is_refused_and_forced_on_request(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--resume" in refusal(["train", "data.txt", "--force-data"], ExitCode.USAGE, capsys)
+    assert run(f"train data.txt --steps 2 --schedule constant {SMALL} -q".split()) == 0
+    capsys.readouterr()
+    Path("data.txt").write_text(text(3000))
+    resume = ["train", "data.txt", "--resume", "ckpt.safetensors", "--steps", "3"]
+    assert "1,867 tokens of data.txt, is 2,804 tokens of data.txt" in refusal(resume, ExitCode.BAD_INPUT, capsys)
+    assert run([*resume, "--force-data"]) == 0
+    assert "going on with other data: the data was 1,867 tokens" in capsys.readouterr().err
+
+
 def test_many_processes_are_refused_with_exit_5_and_one_is_not(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

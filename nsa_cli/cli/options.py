@@ -225,6 +225,7 @@ Resume = Annotated[
     Path | None, _flag("--resume", "Go on with this checkpoint's run.", OUTPUT, metavar="CKPT", show_default=False)
 ]
 Overwrite = Annotated[bool, _flag("--overwrite", "Replace an existing --out.", OUTPUT)]
+ForceData = Annotated[bool, _flag("--force-data", "Go on with --resume although the data has changed.", OUTPUT)]
 SaveEvery = Annotated[int | None, _field(_count, "--save-every", "Steps between saved states; 0 saves at the end.", OUTPUT)]
 LogEvery = Annotated[int | None, _field(_count, "--log-every", "Steps between metric lines.", OUTPUT)]
 EvalEvery = Annotated[int | None, _field(_count, "--eval-every", "Steps between validations; 0 never validates.", OUTPUT)]

@@ -65,6 +65,7 @@ def train(
     out: options.Out = Path("ckpt.safetensors"),
     resume: options.Resume = None,
     overwrite: options.Overwrite = False,
+    force_data: options.ForceData = False,
     save_every: options.SaveEvery = None,
     log_every: options.LogEvery = None,
     eval_every: options.EvalEvery = None,
@@ -96,6 +97,8 @@ def run(data: list[str], settings: Resolved) -> int:
     resume: Path | None = settings["resume"]
     moves = settings.chosen("out")
     paths = RunPaths.beside(settings["out"]) if resume is None or moves else RunPaths.of_run(resume)
+    if resume is None and settings.origins["force_data"].kind == "flag":
+        raise NsaError("--force-data goes on with a run", "name the run with --resume", ExitCode.USAGE)
     if resume is not None:
         _refuse_preset(settings)
     elif not settings["overwrite"]:
@@ -156,6 +159,7 @@ def _train(data: list[str], settings: Resolved, paths: RunPaths) -> TrainResult:
             dtype=machine.dtype,
             resume=resume,
             overwrite=settings["overwrite"],
+            force_data=settings["force_data"],
             reporter=reporter,
             notices=[machine.notice] if machine.notice else [],
         )

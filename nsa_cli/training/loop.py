@@ -49,6 +49,7 @@ def train(
     dtype: torch.dtype | None = None,
     resume: Path | None = None,
     overwrite: bool = False,
+    force_data: bool = False,
     reporter: Reporter | None = None,
     notices: Sequence[str] = (),
     sampler_hook: SamplerHook | None = None,
@@ -60,6 +61,7 @@ def train(
     resume: last weights or state file of a run to go on with (nsa_cli.training.resume says with which settings). Its
     metrics lines up to its step are kept or, for other paths, copied. A finished run is left as it is (for other
     paths: copied).
+    force_data: go on from `resume` with other data; its validation losses then count from nothing.
     notices: lines for the metrics header, already shown to the user; a kernel's fallback is added to them and reported.
     sampler_hook(model, step): called after each validation, in eval mode without gradients; its random numbers do not
     disturb the run's.
@@ -84,7 +86,10 @@ def train(
     if moves and not overwrite:
         paths.refuse_existing()
     if saved is not None:
-        check_continues(saved, model_config, config, corpus)
+        other_data = check_continues(saved, model_config, config, corpus, force_data=force_data)
+        if other_data is not None:
+            notices = [*notices, f"going on with other data: {other_data}"]
+            reporter.notice(notices[-1])
     sparse = model_config.nsa is not None  # dense attention is SDPA whatever the kernel
     name, fallback = resolve_kernel(kernel, device, allow_fallback=True) if sparse else ("torch", None)
     if fallback is not None:
@@ -108,6 +113,8 @@ def train(
             progress, elapsed_s = files.restore(saved), float(saved.meta["elapsed_s"])
             for path in files.restore_files(saved, progress):
                 reporter.notice(f"restored {path}")
+            if other_data is not None:
+                progress.forget_losses()
         run = _Run(files, progress, plan, dtype, Clock(elapsed_s), log, reporter, sampler_hook)
         if not moves and progress.step >= config.steps and progress.pending is None:
             reporter.notice(f"{paths.last} has done all of its {config.steps} steps: nothing to do")
@@ -119,7 +126,7 @@ def train(
             files.save_state(progress, elapsed_s=0.0)
             log.start(header)
         else:
-            record = {"event": "resume", "from_step": progress.step, **machine}
+            record = {"event": "resume", "from_step": progress.step, "data": header["data"], **machine}
             log.resume(saved.paths.metrics, progress.step, header, record)
             info = {**header, **record}
         try:

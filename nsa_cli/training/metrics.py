@@ -2,7 +2,8 @@
 
 Header ("event": "start"): model, train (the two configurations), parameters (by part), kernel (the one really used),
 notices, device, dtype, compile, data (fingerprint, sources, tokens, bytes), tokenizer, versions.
-A resumed run adds {"event": "resume", "from_step", and the same description of the machine} where it goes on.
+A resumed run adds {"event": "resume", "from_step", data, and the same description of the machine} where it goes on; one that
+diverged {"event": "diverged", first_step, at_step, windows, not_finite} (nsa_cli.training.divergence).
 
 A step's line: step, loss (nats per token, the mean over the step's batch, before its update), bits_per_byte, lr,
 grad_norm (before clipping), skipped (updates left out so far because loss or gradient was not finite), tokens_per_s

@@ -21,7 +21,7 @@ from nsa_cli.errors import ExitCode, NsaError
 from nsa_cli.model import Transformer
 from nsa_cli.training.metrics import copy_file, write_errors
 from nsa_cli.training.optim import FiniteGuard, load_moments, moments
-from nsa_cli.training.resume import SavedRun
+from nsa_cli.training.resume import SavedRun, data_facts
 from nsa_cli.training.run import RunPaths
 
 
@@ -29,7 +29,8 @@ from nsa_cli.training.run import RunPaths
 class Progress:
     """How far a run is: all that its next step depends on besides tensors.
 
-    val_loss, best_val_loss, best_step: of validations in nats per token; None before the first (finite) one.
+    val_loss, best_val_loss, best_step: of validations in nats per token; None before the first (finite) one. After the
+    data was changed by force the losses are None, and best_step alone says that there are best weights.
     pending: the metrics line of `step` if an interruption kept its validation from ending; the resumed run makes it up.
     """
 
@@ -38,6 +39,10 @@ class Progress:
     best_val_loss: float | None = None
     best_step: int | None = None
     pending: dict[str, Any] | None = None
+
+    def forget_losses(self) -> None:
+        """The held-out text is another one: its losses do not compare with those so far."""
+        self.val_loss = self.best_val_loss = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ class RunFiles:
             "train": self.config.to_dict(),
             "tokenizer": self.corpus.tokenizer.to_dict(),
             "fingerprint": self.corpus.fingerprint,
+            "data": data_facts(self.corpus),
         }
         with write_errors(self.paths.last):
             self.paths.last.parent.mkdir(parents=True, exist_ok=True)
@@ -109,23 +115,27 @@ class RunFiles:
         restored, moves = [], saved.moves_to(self.paths)
         if moves:
             self.save(progress, elapsed_s=saved.meta["elapsed_s"])
-        elif not self._holds(self.paths.last, progress.step, progress.val_loss, saved.meta["train"]):
+        elif not self._holds(saved, self.paths.last, progress.step, progress.val_loss, saved.meta["train"]):
             self._save_weights(self.paths.last, progress)
             restored.append(str(self.paths.last))
         best = (progress.best_step, progress.best_val_loss)
-        if progress.best_step is None or (not moves and self._holds(self.paths.best, *best)):
+        if progress.best_step is not None and progress.best_val_loss is None:  # judged on other data, and kept
+            if moves and saved.paths.best.exists():
+                copy_file(saved.paths.best, self.paths.best)
+            return restored
+        if progress.best_step is None or (not moves and self._holds(saved, self.paths.best, *best)):
             return restored
         if progress.best_step == progress.step:
             self._save_weights(self.paths.best, progress)
-        elif self._holds(saved.paths.best, *best):
+        elif self._holds(saved, saved.paths.best, *best):
             copy_file(saved.paths.best, self.paths.best)
         else:
             progress.best_step = progress.best_val_loss = None
             return restored
         return [*restored, str(self.paths.best)]
 
-    def _holds(self, path: Path, step: int | None, val_loss: float | None, train: Any = None) -> bool:
-        """Whether a checkpoint has this step of this run, and not of one that had these files before.
+    def _holds(self, saved: SavedRun, path: Path, step: int | None, val_loss: float | None, train: Any = None) -> bool:
+        """Whether a checkpoint has this step of the saved run, and not of one that had these files before.
 
         Equal validation losses, in all of their digits, tell apart runs of one model on the same data; where there may
         be none, `train`, the settings it was written with, does.
@@ -137,7 +147,7 @@ class RunFiles:
         if info is None or (info.step, info.config) != (step, self.model.config):
             return False
         said = info.metadata
-        same = said.get("fingerprint") == self.corpus.fingerprint and said.get("val_loss") == val_loss
+        same = said.get("fingerprint") == saved.meta["fingerprint"] and said.get("val_loss") == val_loss
         return same and (train is None or said.get("train") == train)
 
     def _tensors(self) -> dict[str, Tensor]:
