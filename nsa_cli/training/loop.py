@@ -23,7 +23,7 @@ from nsa_cli.data import Corpus
 from nsa_cli.model import Transformer, build_model
 from nsa_cli.ops.dispatch import resolve_kernel
 from nsa_cli.training.batches import BatchPlan, plan_batches, training_batches, validation_batches
-from nsa_cli.training.device import deterministic_on_cpu, explained_errors
+from nsa_cli.training.device import deterministic_on_cpu, explained_errors, random_states, set_random_states
 from nsa_cli.training.divergence import name_batch
 from nsa_cli.training.graphs import CapturedGradients, refuse_cuda_graph
 from nsa_cli.training.metrics import Clock, MetricsLog, bits_per_byte, finite, header_record, machine_record
@@ -208,7 +208,10 @@ class _Run:
     def step(self, interruption: Interruption) -> None:
         """One update and what is due after it."""
         step = self.progress.step + 1
-        loss, norm, lr = self.update(step)
+        made = self.update(step, interruption)
+        if made is None:
+            return
+        loss, norm, lr = made
         self.progress.step = step
         self.clock.count(self.plan.windows * self.context)
         if self.device.type == "cpu":
@@ -224,14 +227,22 @@ class _Run:
         """At multiples of `every` and at the last step; never for 0."""
         return every > 0 and (step % every == 0 or step == self.config.steps)
 
-    def update(self, step: int) -> tuple[Tensor, Tensor, float]:
-        """Gradients of the whole batch and one update: mean loss, gradient norm (on the device) and learning rate."""
+    def update(self, step: int, interruption: Interruption) -> tuple[Tensor, Tensor, float] | None:
+        """Gradients of the whole batch and one update: mean loss, gradient norm (on the device) and learning rate.
+
+        None if a signal came between two micro-batches: all is then as it was before the step.
+        """
+        before = random_states(self.device)
         seed, train = self.config.seed, self.corpus.train
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         batches = training_batches(train, self.plan, seed=seed, step=step, context=self.context, device=self.device)
         if self.captured is not None:
             self.captured.begin()
         for inputs, targets, share in batches:
+            if interruption:
+                self.files.optimizer.zero_grad(set_to_none=True)
+                set_random_states(self.device, before)
+                return None
             if self.captured is not None:
                 total += self.captured(inputs, targets, share)
                 continue
