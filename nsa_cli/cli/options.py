@@ -225,6 +225,7 @@ Resume = Annotated[
     Path | None, _flag("--resume", "Go on with this checkpoint's run.", OUTPUT, metavar="CKPT", show_default=False)
 ]
 Overwrite = Annotated[bool, _flag("--overwrite", "Replace an existing --out.", OUTPUT)]
+DryRun = Annotated[bool, _flag("--dry-run", "Show settings, costs and one step; write nothing.", OUTPUT)]
 ForceData = Annotated[bool, _flag("--force-data", "Go on with --resume although the data has changed.", OUTPUT)]
 SaveEvery = Annotated[int | None, _field(_count, "--save-every", "Steps between saved states; 0 saves at the end.", OUTPUT)]
 LogEvery = Annotated[int | None, _field(_count, "--log-every", "Steps between metric lines.", OUTPUT)]

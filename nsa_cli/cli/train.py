@@ -16,7 +16,8 @@ from nsa_cli.config import PRESETS, ModelConfig, NSAConfig, TrainConfig
 from nsa_cli.errors import ExitCode, NsaError
 
 if TYPE_CHECKING:
-    from nsa_cli.data import Tokenizer
+    from nsa_cli.cli.machine import Machine
+    from nsa_cli.data import Corpus, Tokenizer
     from nsa_cli.training import RunPaths, TrainResult
 
 
@@ -66,6 +67,7 @@ def train(
     resume: options.Resume = None,
     overwrite: options.Overwrite = False,
     force_data: options.ForceData = False,
+    dry_run: options.DryRun = False,
     save_every: options.SaveEvery = None,
     log_every: options.LogEvery = None,
     eval_every: options.EvalEvery = None,
@@ -101,9 +103,11 @@ def run(data: list[str], settings: Resolved) -> int:
         raise NsaError("--force-data goes on with a run", "name the run with --resume", ExitCode.USAGE)
     if resume is not None:
         _refuse_preset(settings)
-    elif not settings["overwrite"]:
+    elif not settings["overwrite"] and not settings["dry_run"]:
         paths.refuse_existing()
     result = _train(data, settings, paths)
+    if result is None:
+        return 0
     return 128 + result.signal if result.signal is not None else 0
 
 
@@ -121,7 +125,7 @@ def _refuse_preset(settings: Resolved) -> None:
         raise NsaError(message, "leave --preset out, or start a new run without --resume", ExitCode.USAGE)
 
 
-def _train(data: list[str], settings: Resolved, paths: RunPaths) -> TrainResult:
+def _train(data: list[str], settings: Resolved, paths: RunPaths) -> TrainResult | None:
     from nsa_cli.cli import output
     from nsa_cli.cli.machine import find_machine
     from nsa_cli.data import load_corpus
@@ -148,6 +152,9 @@ def _train(data: list[str], settings: Resolved, paths: RunPaths) -> TrainResult:
         text_key=settings["text_key"],
         stdin=sys.stdin.buffer,
     )
+    if settings["dry_run"]:
+        _dry_run(model_config, train_config, corpus, paths, machine, settings)
+        return None
     with output.TrainingReporter(messages, json_lines=settings["json"]) as reporter:
         result = train_model(
             model_config,
@@ -168,6 +175,45 @@ def _train(data: list[str], settings: Resolved, paths: RunPaths) -> TrainResult:
     else:
         output.write_line(str(paths.last))
     return result
+
+
+def _dry_run(
+    model_config: ModelConfig,
+    train_config: TrainConfig,
+    corpus: Corpus,
+    paths: RunPaths,
+    machine: Machine,
+    settings: Resolved,
+) -> None:
+    from nsa_cli.cli import output
+    from nsa_cli.cli.dry_run import report_lines, settings_record
+    from nsa_cli.training import dry_run
+
+    report = dry_run(
+        model_config,
+        train_config,
+        corpus,
+        paths=paths,
+        device=machine.device,
+        kernel=machine.kernel,
+        dtype=machine.dtype,
+        resume=settings["resume"],
+        force_data=settings["force_data"],
+    )
+    messages = output.Messages(quiet=settings["quiet"])
+    for notice in report["notices"]:
+        messages.notice(notice)
+    if settings["resume"] is None and not settings["overwrite"]:
+        try:
+            paths.refuse_existing()
+        except NsaError as error:
+            messages.notice(f"{error.message}: {error.hint}")
+    report = {"settings": settings_record(settings), **report}
+    report["notices"] = [*([machine.notice] if machine.notice else []), *report["notices"]]
+    if settings["json"]:
+        output.write_json(report)
+    else:
+        output.write_line("\n".join(report_lines(report)))
 
 
 def _continue(settings: Resolved, resume: Path) -> None:
