@@ -23,7 +23,8 @@ from tests.command_line import ROOT, environment
 from tests.training_runs import run, text_corpus
 
 STEPS = 14
-SETTINGS: dict[str, Any] = {"steps": STEPS, "save_every": 1, "eval_every": 3, "warmup": 5}
+KEPT = 3
+SETTINGS: dict[str, Any] = {"steps": STEPS, "save_every": 1, "eval_every": 3, "warmup": 5, "keep": KEPT}
 
 
 def live(folder: Path) -> None:

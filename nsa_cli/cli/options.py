@@ -230,6 +230,13 @@ ForceData = Annotated[bool, _flag("--force-data", "Go on with --resume although 
 SaveEvery = Annotated[int | None, _field(_count, "--save-every", "Steps between saved states; 0 saves at the end.", OUTPUT)]
 LogEvery = Annotated[int | None, _field(_count, "--log-every", "Steps between metric lines.", OUTPUT)]
 EvalEvery = Annotated[int | None, _field(_count, "--eval-every", "Steps between validations; 0 never validates.", OUTPUT)]
+Patience = Annotated[
+    int | None, _field(_count, "--patience", "Validations without a new best that end the run; 0 never does.", OUTPUT)
+]
+Keep = Annotated[int | None, _field(_count, "--keep", "Numbered weights kept of the last saves, ckpt.step-00000500 ...", OUTPUT)]
+SampleEvery = Annotated[
+    int | None, _field(_count, "--sample-every", "Steps between samples, shown and in the metrics; 0 makes none.", OUTPUT)
+]
 EvalTokens = Annotated[int | None, _field(_count, "--eval-tokens", "Most tokens of a validation.", OUTPUT)]
 
 # Sampling.

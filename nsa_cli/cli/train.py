@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +20,12 @@ from nsa_cli.errors import ExitCode, NsaError
 if TYPE_CHECKING:
     from nsa_cli.cli.machine import Machine
     from nsa_cli.data import Corpus, Tokenizer
+    from nsa_cli.model import Transformer
     from nsa_cli.training import RunPaths, TrainResult
+    from nsa_cli.training.loop import SamplerHook
+
+SAMPLE_TOKENS = 128
+"""Length of a sample of --sample-every."""
 
 
 def train(
@@ -72,6 +79,9 @@ def train(
     log_every: options.LogEvery = None,
     eval_every: options.EvalEvery = None,
     eval_tokens: options.EvalTokens = None,
+    patience: options.Patience = None,
+    keep: options.Keep = None,
+    sample_every: options.SampleEvery = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -169,12 +179,28 @@ def _train(data: list[str], settings: Resolved, paths: RunPaths) -> TrainResult 
             force_data=settings["force_data"],
             reporter=reporter,
             notices=[machine.notice] if machine.notice else [],
+            sampler_hook=_sampler(tokenizer, train_config.seed) if train_config.sample_every else None,
         )
     if settings["json"]:
         output.write_json({"checkpoint": str(paths.last)})
     else:
         output.write_line(str(paths.last))
     return result
+
+
+def _sampler(tokenizer: Tokenizer, seed: int) -> SamplerHook:
+    """What --sample-every calls: a continuation of a blank line, the same noise every time."""
+    from nsa_cli.generation import SamplingConfig, TextOptions
+    from nsa_cli.generation import run as generate_text
+
+    text_options = TextOptions(sampling=SamplingConfig(max_tokens=SAMPLE_TOKENS, seed=seed), framing="whole")
+
+    def sample(model: Transformer, step: int, should_stop: Callable[[], bool]) -> str:
+        parts: list[bytes] = []
+        generate_text(model, tokenizer, io.BytesIO(b"\n"), parts.append, text_options, should_stop=should_stop)
+        return b"".join(parts).removesuffix(b"\n").decode("utf-8", "replace")
+
+    return sample
 
 
 def _dry_run(

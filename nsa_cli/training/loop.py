@@ -9,11 +9,10 @@ only when every line up to its step is in the metrics file, and a resumed run ne
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,7 +34,7 @@ from nsa_cli.training.schedule import learning_rate, warmup_steps
 from nsa_cli.training.signals import Interruption, catch_signals
 from nsa_cli.training.validation import evaluating, validation_loss
 
-SamplerHook = Callable[[Transformer, int], None]
+SamplerHook = Callable[[Transformer, int, Callable[[], bool]], str | None]
 
 
 def train(
@@ -63,8 +62,9 @@ def train(
     paths: copied).
     force_data: go on from `resume` with other data; its validation losses then count from nothing.
     notices: lines for the metrics header, already shown to the user; a kernel's fallback is added to them and reported.
-    sampler_hook(model, step): called after each validation, in eval mode without gradients; its random numbers do not
-    disturb the run's.
+    sampler_hook(model, step, should_stop): called every sample_every steps (0: after each validation), in eval mode without
+    gradients; its random numbers do not disturb the run's. Text that it returns goes into the step's line as "sample".
+    should_stop says that a signal came; what it returns then is left to the resumed run.
 
     A BrokenPipeError of the reporter is raised again once state and weights of the step reached are saved.
 
@@ -116,9 +116,12 @@ def train(
             if other_data is not None:
                 progress.forget_losses()
         run = _Run(files, progress, plan, dtype, Clock(elapsed_s), log, reporter, sampler_hook)
-        if not moves and progress.step >= config.steps and progress.pending is None:
-            reporter.notice(f"{paths.last} has done all of its {config.steps} steps: nothing to do")
-            return run.result("finished", None)
+        if not moves and run.done:
+            why = f"has done all of its {config.steps} steps"
+            if run.status == "patience":
+                why = f"was ended by --patience {config.patience} at step {progress.step}"
+            reporter.notice(f"{paths.last} {why}: nothing to do")
+            return run.result(run.status, None)
         info = header
         files.remove_leftovers()
         if saved is None:
@@ -129,6 +132,8 @@ def train(
             record = {"event": "resume", "from_step": progress.step, "data": header["data"], **machine}
             log.resume(saved.paths.metrics, progress.step, header, record)
             info = {**header, **record}
+        if progress.step == 0:
+            files.take_over()
         try:
             with catch_signals() as interruption, run.diverging_batch_named(), run.saved_when_nobody_reads():
                 reporter.start(info)
@@ -186,6 +191,24 @@ class _Run:
             self.log.write(record)
             raise named from error
 
+    @property
+    def over(self) -> bool:
+        """Whether no step is left: all are done, or the last validations were no better."""
+        patience = self.config.patience
+        return self.progress.step >= self.config.steps or 0 < patience <= self.progress.stale
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing at all is left, the last step's validation included."""
+        return self.over and self.progress.pending is None
+
+    @property
+    def status(self) -> Literal["finished", "patience", "interrupted"]:
+        """How the run stands, for its result."""
+        if not self.done:
+            return "interrupted"
+        return "finished" if self.progress.step >= self.config.steps else "patience"
+
     def to_the_end(self, interruption: Interruption) -> TrainResult:
         """Steps until the last one, or until a signal came; the state is saved either way."""
         progress, steps = self.progress, self.config.steps
@@ -193,15 +216,14 @@ class _Run:
         with explained_errors(self.plan.micro, self.context):
             if progress.pending is not None:
                 self.finish_step(progress.pending, interruption)
-            while progress.step < steps and not interruption:
+            while not self.over and not interruption:
                 self.step(interruption)
                 self.reporter.progress(progress.step, steps, self.line)
-        done = progress.step >= steps and progress.pending is None
-        if not done:
+        if not self.done:
             self.reporter.notice(f"{interruption.name}: saving at step {progress.step}; a second signal leaves at once")
         if self.saved_step != progress.step:
             self.save()
-        result = self.result("finished" if done else "interrupted", None if done else interruption.signum)
+        result = self.result(self.status, None if self.done else interruption.signum)
         self.reporter.finish(finite({"event": "finish", **vars(result), "checkpoint": str(result.checkpoint)}))
         return result
 
@@ -216,16 +238,25 @@ class _Run:
         self.clock.count(self.plan.windows * self.context)
         if self.device.type == "cpu":
             self.files.guard.check()  # costs nothing where nothing runs ahead
-        validate = self.due(step, self.config.eval_every) and len(self.corpus.val) > 0
-        log = validate or step in (1, self.config.steps) or step % self.config.log_every == 0
+        look = self.validates(step) or self.samples(step)
+        log = look or step in (1, self.config.steps) or step % self.config.log_every == 0
         line = finite(self.measured(step, loss, norm, lr)) if log else None
-        if validate:
+        if look:
             self.progress.pending = line
         self.finish_step(line, interruption)
 
     def due(self, step: int, every: int) -> bool:
         """At multiples of `every` and at the last step; never for 0."""
         return every > 0 and (step % every == 0 or step == self.config.steps)
+
+    def validates(self, step: int) -> bool:
+        """Whether the step ends with a validation."""
+        return self.due(step, self.config.eval_every) and len(self.corpus.val) > 0
+
+    def samples(self, step: int) -> bool:
+        """Whether the step ends with a sample."""
+        every = self.config.sample_every
+        return self.sampler_hook is not None and (self.due(step, every) if every else self.validates(step))
 
     def update(self, step: int, interruption: Interruption) -> tuple[Tensor, Tensor, float] | None:
         """Gradients of the whole batch and one update: mean loss, gradient norm (on the device) and learning rate.
@@ -280,18 +311,20 @@ class _Run:
         return line
 
     def finish_step(self, line: dict[str, Any] | None, interruption: Interruption) -> None:
-        """Validation if the step's line waits for one, the line, a save if one is due.
+        """Validation and sample if the step's line waits for them, the line, a save if one is due.
 
-        An interrupted validation leaves all three to the resumed run.
+        Interrupted, it leaves all of them to the resumed run.
         """
         progress = self.progress
         if line is not None and progress.pending is not None:
             with self.clock.paused():
-                measured = self.validate(interruption)
-            if measured is None:
+                seen = self.look(interruption)
+            if seen is None:
                 return
             progress.pending = None
-            line = {**line, **finite(measured)}
+            line = {**line, **finite(seen)}
+            if self.status == "patience":
+                line["status"] = "patience"
         if line is not None:
             self.line = line
             self.log.write(line)
@@ -299,22 +332,28 @@ class _Run:
         if progress.best_step == progress.step or self.due(progress.step, self.config.save_every):
             self.save()
 
-    def validate(self, interruption: Interruption) -> dict[str, Any] | None:
-        """val_loss and val_bits_per_byte of the weights as they are; None if interrupted. Remembers the best."""
+    def look(self, interruption: Interruption) -> dict[str, Any] | None:
+        """val_loss and val_bits_per_byte of the weights as they are, and a sample; None if interrupted."""
         progress, corpus = self.progress, self.corpus
-        batches = validation_batches(
-            corpus.val, self.plan, context=self.context, max_tokens=self.config.eval_tokens, device=self.device
-        )
+        seen: dict[str, Any] = {}
+        loss: float | None = None
         with evaluating(self.model):
-            loss = validation_loss(self.forward, batches, autocast=self.autocast, interruption=interruption)
-            if loss is None:
-                return None
-            if self.sampler_hook is not None:
-                self.sampler_hook(self.model, progress.step)
-        progress.val_loss = loss if math.isfinite(loss) else None
-        if progress.val_loss is not None and (progress.best_val_loss is None or loss < progress.best_val_loss):
-            progress.best_val_loss, progress.best_step = loss, progress.step
-        return {"val_loss": loss, "val_bits_per_byte": bits_per_byte(loss, len(corpus.val), corpus.val_bytes)}
+            if self.validates(progress.step):
+                batches = validation_batches(
+                    corpus.val, self.plan, context=self.context, max_tokens=self.config.eval_tokens, device=self.device
+                )
+                loss = validation_loss(self.forward, batches, autocast=self.autocast, interruption=interruption)
+                if loss is None:
+                    return None
+                seen |= {"val_loss": loss, "val_bits_per_byte": bits_per_byte(loss, len(corpus.val), corpus.val_bytes)}
+            if self.sampler_hook is not None and self.samples(progress.step):
+                text = self.sampler_hook(self.model, progress.step, lambda: bool(interruption))
+                if interruption:
+                    return None
+                seen |= {} if text is None else {"sample": text}
+        if loss is not None:
+            progress.judge(loss)
+        return seen
 
     def save(self) -> None:
         """All files of this step; a diverged run is not saved over a good one."""

@@ -8,8 +8,9 @@ diverged {"event": "diverged", first_step, at_step, windows, not_finite} (nsa_cl
 A step's line: step, loss (nats per token, the mean over the step's batch, before its update), bits_per_byte, lr,
 grad_norm (before clipping), skipped (updates left out so far because loss or gradient was not finite), tokens_per_s
 (since the line before, validation and saving not counted), elapsed_s (of the run, resumed parts added up); for sparse
-models gates, per layer the means of [cmp, slc, win]; after a validation val_loss and val_bits_per_byte. A number that
-is not finite is null: JSON has no NaN.
+models gates, per layer the means of [cmp, slc, win]; after a validation val_loss and val_bits_per_byte, and
+"status": "patience" where it ended the run; with samples "sample", a text. A number that is not finite is null: JSON has
+no NaN.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A resumed run must be what one uninterrupted run with the new settings would have been. So these may change:
 
-* paths, log_every, eval_every, save_every, max_skipped, compile, cuda_graph, device, kernel, dtype: how the run is done
-  and watched;
+* paths, log_every, eval_every, save_every, sample_every, keep, patience, max_skipped, compile, cuda_graph, device, kernel,
+  dtype: how the run is done and watched, and when it ends;
 * micro_batch_tokens: the same gradient added up in other parts (its last bits may change);
 * steps, schedule, lr, min_lr_ratio, warmup, decay_ratio: as far as every update already made would have had the same
   learning rate. That extends a constant run at any time, a wsd run before its decay has begun, and neither a cosine nor
@@ -30,7 +30,8 @@ from nsa_cli.errors import ExitCode, NsaError
 from nsa_cli.training.run import RunPaths
 from nsa_cli.training.schedule import learning_rate
 
-FREE = frozenset({"micro_batch_tokens", "log_every", "eval_every", "save_every", "compile", "cuda_graph", "max_skipped"})
+FREE = frozenset({"micro_batch_tokens", "log_every", "eval_every", "save_every", "compile", "cuda_graph"})
+FREE |= {"max_skipped", "patience", "keep", "sample_every"}
 RATE = ("steps", "schedule", "lr", "min_lr_ratio", "warmup", "decay_ratio")
 
 
@@ -95,13 +96,13 @@ def _paths(checkpoint: Path) -> RunPaths:
 
 def _settings(state: Path, meta: Mapping[str, Any]) -> tuple[ModelConfig, TrainConfig]:
     """Both configurations of a state, once all of its meta is known to have the right types; else NsaError, exit 3."""
-    missing = [key for key in (*_META, "model", "train") if key not in meta]
+    missing = [key for key in (*_META, "model", "train") if key not in meta and key not in _ADDED]
     if missing:
         hint = "resume with the version of nsa that wrote it"
         raise NsaError(f"{state}: a training state without {missing[0]!r}", hint, ExitCode.BAD_INPUT)
     try:
         for key, (right, rule) in _META.items():
-            if not right(meta[key]):
+            if key in meta and not right(meta[key]):
                 raise ValueError(f"{key} = {meta[key]!r}: must be {rule}")
         return ModelConfig.from_dict(meta["model"]), TrainConfig(**meta["train"])
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
@@ -133,11 +134,15 @@ _META: dict[str, tuple[Callable[[Any], bool], str]] = {
     "val_loss": (lambda value: value is None or _is_number(value), "a number or null"),
     "best_val_loss": (lambda value: value is None or _is_number(value), "a number or null"),
     "best_step": (lambda value: value is None or _is_count(value), "an integer of at least 0 or null"),
+    "stale": (_is_count, "an integer of at least 0"),
     "pending": (lambda value: value is None or _is_line(value), "a metrics line or null"),
     "tokenizer": (lambda value: isinstance(value, dict), "a table"),
     "fingerprint": (lambda value: isinstance(value, str), "a string"),
 }
 """What a state's meta holds besides the two configurations: the test of each value, and its rule in words."""
+
+_ADDED = ("stale",)
+"""Of these, what states of earlier versions do not have."""
 
 
 def flag(field: str) -> str:

@@ -7,6 +7,7 @@ belong to it, whatever weights of an earlier run still lie beside it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,18 +32,30 @@ class Progress:
 
     val_loss, best_val_loss, best_step: of validations in nats per token; None before the first (finite) one. After the
     data was changed by force the losses are None, and best_step alone says that there are best weights.
-    pending: the metrics line of `step` if an interruption kept its validation from ending; the resumed run makes it up.
+    stale: validations since the best one.
+    pending: the metrics line of `step` if an interruption kept its validation or sample from ending; the resumed run makes
+    them up.
     """
 
     step: int = 0
     val_loss: float | None = None
     best_val_loss: float | None = None
     best_step: int | None = None
+    stale: int = 0
     pending: dict[str, Any] | None = None
 
     def forget_losses(self) -> None:
         """The held-out text is another one: its losses do not compare with those so far."""
         self.val_loss = self.best_val_loss = None
+        self.stale = 0
+
+    def judge(self, loss: float) -> None:
+        """A validation of this step's weights; one that is not finite is nobody's best."""
+        self.val_loss = loss if math.isfinite(loss) else None
+        if self.val_loss is not None and (self.best_val_loss is None or loss < self.best_val_loss):
+            self.best_val_loss, self.best_step, self.stale = loss, self.step, 0
+        else:
+            self.stale += 1
 
 
 @dataclass(frozen=True)
@@ -65,6 +78,26 @@ class RunFiles:
             self._save_weights(self.paths.best, progress)
         elif progress.best_step is None:
             self.paths.best.unlink(missing_ok=True)
+        self._keep(progress)
+
+    def _keep(self, progress: Progress) -> None:
+        """The numbered copy of a save that save_every made, and only then the end of the oldest that are too many."""
+        if not self.is_kept(progress.step):
+            return
+        copy_file(self.paths.last, self.paths.numbered(progress.step))
+        kept = self.paths.all_numbered()
+        for step in sorted(step for step in kept if step <= progress.step)[: -self.config.keep]:
+            kept[step].unlink(missing_ok=True)
+
+    def is_kept(self, step: int) -> bool:
+        """Whether the weights of this step get a file of their own."""
+        every = self.config.save_every
+        return self.config.keep > 0 and step > 0 and (step == self.config.steps or (every > 0 and step % every == 0))
+
+    def take_over(self) -> None:
+        """Removes the numbered weights of an earlier run, which this one replaces."""
+        for path in self.paths.all_numbered().values():
+            path.unlink(missing_ok=True)
 
     def save_state(self, progress: Progress, *, elapsed_s: float) -> None:
         """The state alone: all that resuming needs."""
@@ -99,7 +132,7 @@ class RunFiles:
             torch.set_rng_state(parts["rng"]["cpu"])
             if self.device.type == "cuda" and "cuda" in parts["rng"]:
                 torch.cuda.set_rng_state(parts["rng"]["cuda"], self.device)
-            return Progress(**{name: saved.meta[name] for name in Progress.__dataclass_fields__})
+            return Progress(**{name: saved.meta[name] for name in Progress.__dataclass_fields__ if name in saved.meta})
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
             hint = "it is damaged or another version's: train anew"
@@ -114,10 +147,14 @@ class RunFiles:
         """
         restored, moves = [], saved.moves_to(self.paths)
         if moves:
+            self.take_over()
             self.save(progress, elapsed_s=saved.meta["elapsed_s"])
         elif not self._holds(saved, self.paths.last, progress.step, progress.val_loss, saved.meta["train"]):
             self._save_weights(self.paths.last, progress)
             restored.append(str(self.paths.last))
+        if not moves and self.is_kept(progress.step) and not self.paths.numbered(progress.step).exists():
+            self._keep(progress)
+            restored.append(str(self.paths.numbered(progress.step)))
         best = (progress.best_step, progress.best_val_loss)
         if progress.best_step is not None and progress.best_val_loss is None:  # judged on other data, and kept
             if moves and saved.paths.best.exists():
