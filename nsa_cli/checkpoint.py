@@ -356,6 +356,7 @@ def _not_written(path: Path, error: Exception) -> NsaError:
     hints = {
         errno.ENOENT: f"mkdir -p {path.parent}",
         errno.ENOSPC: "free some space on that disk, or choose another --out",
+        errno.EACCES: f"chmod u+wx {path.parent}, or choose another --out",
         errno.EDQUOT: "free some of your quota, or choose another --out",
     }
     return NsaError(f"cannot write {path}: {reason}", hints.get(number or 0, "choose another --out"), ExitCode.FAILURE)

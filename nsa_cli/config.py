@@ -220,7 +220,8 @@ class TrainConfig:
             _require_number(self, field, 0.0, 0.99999)
         _require_number(self, "val_fraction", 0.0, 0.9)
         validates = self.eval_every > 0 and self.val_fraction > 0
-        _require(self.patience == 0 or validates, "patience", self.patience, "needs eval_every and val_fraction above 0")
+        rule = f"needs validations, and eval_every = {self.eval_every} with val_fraction = {self.val_fraction} makes none"
+        _require(self.patience == 0 or validates, "patience", self.patience, rule)
         _require(isinstance(self.compile, bool), "compile", self.compile, "must be true or false")
         _require(isinstance(self.cuda_graph, bool), "cuda_graph", self.cuda_graph, "must be true or false")
 

@@ -21,7 +21,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -157,9 +157,10 @@ class MetricsLog:
             self._file.flush()
 
     def close(self) -> None:
-        """Idempotent."""
+        """Idempotent, and silent: every line has been flushed, and one that failed has been told."""
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):
+                self._file.close()
 
     def _open(self, mode: Literal["w", "a"]) -> None:
         with write_errors(self.path):
