@@ -102,6 +102,17 @@ def test_a_bpe_run_whose_weights_are_lost_is_resumed_without_naming_its_tokenize
     assert (info.step, info.tokenizer.name) == (3, "bpe")
 
 
+def test_json_streams_the_metrics_lines_and_ends_with_the_checkpoints_path(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = f"train data.txt --sparse --steps 4 --log-every 2 --eval-every 3 --patience 2 {SMALL} --json --out a.safetensors"
+    assert run(line.split()) == 0
+    *lines, last = [json.loads(each) for each in capsys.readouterr().out.splitlines()]
+    assert lines == [json.loads(each) for each in Path("a.metrics.jsonl").read_text().splitlines()]
+    assert [each.get("event", each.get("step")) for each in lines] == ["start", 1, 2, 3, 4]
+    assert last == {"checkpoint": "a.safetensors"}
+
+
 def test_a_reader_of_the_json_lines_that_leaves_ends_the_run_with_141_and_its_files_saved(here: Path) -> None:
     line = f"nsa train data.txt --json --steps 100000 --log-every 1 {SMALL} | head -1; exit ${{PIPESTATUS[0]}}"
     result = shell(line, cwd=here)

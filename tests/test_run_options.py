@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import nsa_cli.cli.train as cli_train
 from nsa_cli.checkpoint import load_state, read_info, save_state
 from nsa_cli.cli.app import run as nsa
 from nsa_cli.errors import ExitCode, NsaError
@@ -196,6 +197,7 @@ def test_the_command_shows_samples_on_stderr_and_the_same_ones_when_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli_train, "SAMPLE_TOKENS", 12)
     for name in os.environ:
         if name.startswith("NSA_"):
             monkeypatch.delenv(name)
