@@ -13,6 +13,7 @@ import glob
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -147,7 +148,7 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], None]) ->
             # Renaming over a device such as /dev/null would replace it for everybody.
             raise IsADirectoryError(errno.EISDIR, "it is a folder or a device, not a regular file")
         temporary.unlink(missing_ok=True)
-        _remove_leftovers(target)
+        remove_leftovers(target)
         descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         try:
             mode = os.fstat(descriptor).st_mode & 0o777
@@ -166,20 +167,28 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], None]) ->
         raise _not_written(shown, error) from error
 
 
-def _remove_leftovers(target: Path) -> None:
-    """Temporary files of `target` whose process is gone; those of a living one may be at work."""
+def remove_leftovers(path: str | os.PathLike[str]) -> None:
+    """Temporary files of `path` whose process is gone; those of a living one may be at work."""
+    target = Path(os.path.realpath(path))
     begin = f".{target.name[:100]}."
-    for left in target.parent.glob(f"{glob.escape(begin)}*.tmp"):
-        number = left.name.removeprefix(begin).removesuffix(".tmp")
-        if not re.fullmatch(r"[1-9]\d{0,8}", number):
+    for left in target.parent.glob(f"{glob.escape(begin)}*"):
+        number = re.fullmatch(r"([1-9]\d{0,8})\.(tmp|part)", left.name.removeprefix(begin))
+        if number is None:
             continue
         try:
-            os.kill(int(number), 0)
+            os.kill(int(number[1]), 0)
         except ProcessLookupError:
-            with suppress(OSError):
-                left.unlink()
+            _remove(left)
         except PermissionError:  # another user's, and alive
             continue
+
+
+def _remove(left: Path) -> None:
+    if left.is_dir() and not left.is_symlink():
+        shutil.rmtree(left, ignore_errors=True)
+        return
+    with suppress(OSError):
+        left.unlink()
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor], kind: str, values: Mapping[str, Any]) -> None:
@@ -198,7 +207,20 @@ def _save(path: Path, tensors: Mapping[str, Tensor], kind: str, values: Mapping[
         # safetensors refuses two names for one storage.
         ready[name] = plain.clone() if plain.untyped_storage().data_ptr() in seen else plain
         seen.add(ready[name].untyped_storage().data_ptr())
-    write_atomic(path, lambda temporary: save_file(ready, temporary, metadata))
+    write_atomic(path, lambda temporary: _write_tensors(temporary, ready, metadata))
+
+
+def _write_tensors(target: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """safetensors writes to a temporary file of its own, beside the one it is given and with a random name, and renames
+    it: a killed process would leave that for ever. In a folder of ours, `remove_leftovers` finds it."""
+    folder = target.with_suffix(".part")
+    _remove(folder)
+    folder.mkdir()
+    try:
+        save_file(dict(tensors), folder / "tensors", metadata)
+        (folder / "tensors").replace(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _plain_name(name: str) -> str:
@@ -334,6 +356,7 @@ def _not_written(path: Path, error: Exception) -> NsaError:
     hints = {
         errno.ENOENT: f"mkdir -p {path.parent}",
         errno.ENOSPC: "free some space on that disk, or choose another --out",
+        errno.EACCES: f"chmod u+wx {path.parent}, or choose another --out",
         errno.EDQUOT: "free some of your quota, or choose another --out",
     }
     return NsaError(f"cannot write {path}: {reason}", hints.get(number or 0, "choose another --out"), ExitCode.FAILURE)

@@ -173,7 +173,11 @@ class TrainConfig:
     micro-batches of at most micro_batch_tokens (None: the whole step at once). lr is the peak; min_lr_ratio * lr the end of
     the decay; warmup and (for wsd) decay_ratio * steps shape the schedule. weight_decay acts on matrices only.
     distill_weight multiplies a teacher's KL divergence.
+    max_skipped: updates skipped in a row, for a loss or gradient that is not finite, that end the run: one bad batch is met
+    by the next good one, weights untouched, but different batches that all fail put the weights themselves at fault.
     eval_every 0 never validates; eval_tokens bounds a validation pass; val_fraction is the held-out tail of the data.
+    patience: validations without a new best that end the run. keep: numbered copies of the last saves. sample_every: steps
+    between samples. 0 is never, or none, for each.
     """
 
     steps: int = 2000
@@ -188,20 +192,24 @@ class TrainConfig:
     beta1: float = 0.9
     beta2: float = 0.99
     grad_clip: float = 1.0
+    max_skipped: int = 10
     seed: int = 1337
     log_every: int = 10
     eval_every: int = 250
     eval_tokens: int = 131072
     val_fraction: float = 0.1
     save_every: int = 500
+    patience: int = 0
+    keep: int = 0
+    sample_every: int = 0
     compile: bool = False
     cuda_graph: bool = False
     distill_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        for field in ("steps", "batch_tokens", "log_every", "eval_tokens"):
+        for field in ("steps", "batch_tokens", "log_every", "eval_tokens", "max_skipped"):
             _require_int(self, field, 1)
-        for field in ("warmup", "seed", "eval_every", "save_every"):
+        for field in ("warmup", "seed", "eval_every", "save_every", "patience", "keep", "sample_every"):
             _require_int(self, field, 0)
         if self.micro_batch_tokens is not None:
             _require_int(self, "micro_batch_tokens", 1)
@@ -215,6 +223,9 @@ class TrainConfig:
         for field in ("beta1", "beta2"):
             _require_number(self, field, 0.0, 0.99999)
         _require_number(self, "val_fraction", 0.0, 0.9)
+        validates = self.eval_every > 0 and self.val_fraction > 0
+        rule = f"needs validations, and eval_every = {self.eval_every} with val_fraction = {self.val_fraction} makes none"
+        _require(self.patience == 0 or validates, "patience", self.patience, rule)
         _require(isinstance(self.compile, bool), "compile", self.compile, "must be true or false")
         _require(isinstance(self.cuda_graph, bool), "cuda_graph", self.cuda_graph, "must be true or false")
 

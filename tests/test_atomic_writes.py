@@ -131,6 +131,25 @@ def test_temporary_files_of_killed_writers_are_removed_and_those_of_living_ones_
     assert names_in(tmp_path) == sorted([*others, "file"])
 
 
+def test_what_safetensors_had_half_written_when_it_was_killed_is_removed(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    script = f"""
+        import os, signal, torch, safetensors.torch
+        from nsa_cli import checkpoint
+        def save_file(tensors, path, metadata):
+            (path.parent / ".tmpAbCdEf").write_bytes(b"half")  # what its own temporary file looks like
+            os.kill(os.getpid(), signal.SIGKILL)
+        checkpoint.save_file = save_file
+        checkpoint.save_state({str(path)!r}, {{"x": torch.ones(2)}}, {{}})
+    """
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=root, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len(names_in(tmp_path)) == 2, "the temporary file, and the folder in which safetensors works"
+    save_state(path, {"x": torch.ones(2)}, {})
+    assert names_in(tmp_path) == ["state"]
+
+
 def test_a_long_name_has_room_for_its_temporary_name(tmp_path: Path) -> None:
     name = "x" * 250
     write_atomic(tmp_path / name, lambda temporary: temporary.write_bytes(b"new"))

@@ -67,6 +67,17 @@ def test_a_preset_on_the_command_line_of_a_resumption_is_refused_and_one_from_el
     assert run(resume) == 0
 
 
+def test_changed_data_is_refused_and_forced_on_request(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--resume" in refusal(["train", "data.txt", "--force-data"], ExitCode.USAGE, capsys)
+    assert run(f"train data.txt --steps 2 --schedule constant {SMALL} -q".split()) == 0
+    capsys.readouterr()
+    Path("data.txt").write_text(text(3000))
+    resume = ["train", "data.txt", "--resume", "ckpt.safetensors", "--steps", "3"]
+    assert "1,867 tokens of data.txt, is 2,804 tokens of data.txt" in refusal(resume, ExitCode.BAD_INPUT, capsys)
+    assert run([*resume, "--force-data"]) == 0
+    assert "going on with other data: the data was 1,867 tokens" in capsys.readouterr().err
+
+
 def test_many_processes_are_refused_with_exit_5_and_one_is_not(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,6 +103,17 @@ def test_a_bpe_run_whose_weights_are_lost_is_resumed_without_naming_its_tokenize
     assert run(["train", "data.txt", "--steps", "3", "--resume", "ckpt.safetensors", "-q"]) == 0
     info = read_info("ckpt.safetensors")
     assert (info.step, info.tokenizer.name) == (3, "bpe")
+
+
+def test_json_streams_the_metrics_lines_and_ends_with_the_checkpoints_path(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = f"train data.txt --sparse --steps 4 --log-every 2 --eval-every 3 --patience 2 {SMALL} --json --out a.safetensors"
+    assert run(line.split()) == 0
+    *lines, last = [json.loads(each) for each in capsys.readouterr().out.splitlines()]
+    assert lines == [json.loads(each) for each in Path("a.metrics.jsonl").read_text().splitlines()]
+    assert [each.get("event", each.get("step")) for each in lines] == ["start", 1, 2, 3, 4]
+    assert last == {"checkpoint": "a.safetensors"}
 
 
 def test_a_reader_of_the_json_lines_that_leaves_ends_the_run_with_141_and_its_files_saved(here: Path) -> None:

@@ -12,7 +12,6 @@ from nsa_cli.config import ModelConfig, NSAConfig, TrainConfig
 from nsa_cli.errors import ExitCode, NsaError
 from nsa_cli.model import build_model
 from nsa_cli.training.optim import (
-    MAX_SKIPPED_IN_ROW,
     FiniteGuard,
     clipped_update,
     is_decayed,
@@ -21,6 +20,7 @@ from nsa_cli.training.optim import (
     moments,
 )
 
+LIMIT = TrainConfig().max_skipped
 SPARSE = NSAConfig(compress_block=4, compress_stride=2, select_block=8, num_selected=3, window=8)
 
 
@@ -74,14 +74,14 @@ def test_every_parameter_is_in_one_group_and_the_groups_have_their_decay() -> No
 
 def test_with_zero_gradients_only_the_decayed_weights_shrink() -> None:
     model, optimizer = line_and_optimizer(weight_decay=0.5)
-    update(model, optimizer, FiniteGuard(torch.device("cpu")), gradient=0.0)
+    update(model, optimizer, FiniteGuard(torch.device("cpu"), LIMIT), gradient=0.0)
     assert model.matrix.tolist() == [[pytest.approx(0.95), pytest.approx(-1.9)]]
     assert model.vector.tolist() == [3.0]
 
 
 def test_the_first_update_moves_every_weight_by_the_rate_and_drops_the_gradients() -> None:
     model, optimizer = line_and_optimizer(weight_decay=0.0)
-    update(model, optimizer, FiniteGuard(torch.device("cpu")), gradient=0.5)
+    update(model, optimizer, FiniteGuard(torch.device("cpu"), LIMIT), gradient=0.5)
     assert torch.allclose(model.matrix, torch.tensor([[0.9, -2.1]]))
     assert model.matrix.grad is None
 
@@ -89,7 +89,7 @@ def test_the_first_update_moves_every_weight_by_the_rate_and_drops_the_gradients
 @pytest.mark.parametrize(("clip", "expected"), [(1.0, 1.0), (0.5, 0.5), (100.0, 12**0.5), (0.0, 12**0.5)])
 def test_gradients_are_clipped_by_their_global_norm_and_the_norm_before_is_told(clip: float, expected: float) -> None:
     model, optimizer = line_and_optimizer(beta1=0.0)
-    norm = update(model, optimizer, FiniteGuard(torch.device("cpu")), gradient=2.0, clip=clip)
+    norm = update(model, optimizer, FiniteGuard(torch.device("cpu"), LIMIT), gradient=2.0, clip=clip)
     assert norm == pytest.approx(2 * math.sqrt(3))
     seen = torch.cat([optimizer.state[p]["exp_avg"].flatten() for p in (model.matrix, model.vector)])
     assert float(seen.norm()) == pytest.approx(expected, rel=1e-5)
@@ -99,7 +99,7 @@ def test_gradients_are_clipped_by_their_global_norm_and_the_norm_before_is_told(
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_non_finite_gradient_leaves_weights_and_moments_as_they_were(fused: bool, bad: float) -> None:
     model, optimizer = line_and_optimizer(fused)
-    guard = FiniteGuard(torch.device("cpu"))
+    guard = FiniteGuard(torch.device("cpu"), LIMIT)
     update(model, optimizer, guard, gradient=1.0)
     before = {name: tensor.clone() for name, tensor in {**model.state_dict(), **moments(model, optimizer)}.items()}
     update(model, optimizer, guard, gradient=bad)
@@ -113,7 +113,7 @@ def test_a_non_finite_gradient_leaves_weights_and_moments_as_they_were(fused: bo
 
 def test_a_non_finite_loss_is_skipped_too() -> None:
     model, optimizer = line_and_optimizer()
-    guard = FiniteGuard(torch.device("cpu"))
+    guard = FiniteGuard(torch.device("cpu"), LIMIT)
     model.set_gradients(1.0)
     clipped_update(optimizer, guard, step=1, loss=torch.tensor(math.nan), lr=0.1, grad_clip=1.0)
     assert model.matrix.tolist() == [[1.0, -2.0]]
@@ -122,19 +122,19 @@ def test_a_non_finite_loss_is_skipped_too() -> None:
 
 def test_ten_skipped_updates_in_a_row_end_the_run_and_freeze_the_weights() -> None:
     model, optimizer = line_and_optimizer()
-    guard = FiniteGuard(torch.device("cpu"))
+    guard = FiniteGuard(torch.device("cpu"), LIMIT)
     nan, fine = torch.tensor(math.nan), torch.tensor(1.0)
 
     def step_with(number: int, loss: torch.Tensor) -> None:
         model.set_gradients(1.0)
         clipped_update(optimizer, guard, step=number, loss=loss, lr=0.1, grad_clip=1.0)
 
-    for number in range(1, MAX_SKIPPED_IN_ROW):
+    for number in range(1, LIMIT):
         step_with(number, nan)
-    step_with(MAX_SKIPPED_IN_ROW, fine)
-    assert guard.check() == MAX_SKIPPED_IN_ROW - 1
+    step_with(LIMIT, fine)
+    assert guard.check() == LIMIT - 1
     kept = model.matrix.detach().clone()
-    for number in range(101, 101 + MAX_SKIPPED_IN_ROW):
+    for number in range(101, 101 + LIMIT):
         step_with(number, nan)
     step_with(111, fine)
     assert torch.equal(model.matrix, kept), "a good step after the tenth bad one must not move the weights any more"
@@ -145,7 +145,7 @@ def test_ten_skipped_updates_in_a_row_end_the_run_and_freeze_the_weights() -> No
 
 def test_moments_go_into_another_optimizer_and_give_the_same_next_update() -> None:
     first, other = sparse_model(), sparse_model()
-    config, guard = TrainConfig(), FiniteGuard(torch.device("cpu"))
+    config, guard = TrainConfig(), FiniteGuard(torch.device("cpu"), LIMIT)
     ids = torch.randint(256, (2, 16))
 
     def step(model: nn.Module, optimizer: torch.optim.AdamW) -> None:

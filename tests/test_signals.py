@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,11 +10,16 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import Tensor
 
+from nsa_cli.checkpoint import read_info
+from nsa_cli.training import saving
 from nsa_cli.training.signals import Interruption, catch_signals
-from tests.training_runs import curve, run, same_tensors, steps, text_corpus, weights
+from tests.command_line import NSA, environment, text
+from tests.training_runs import CONTEXT, curve, hook_losses, run, same_tensors, steps, text_corpus, weights
 
 BOTH_SIGNALS = pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 
@@ -82,6 +88,80 @@ print("not reached")
     assert done.stdout == "flagged True\n"
     assert done.returncode == -signum, "killed by the signal itself: a shell sees 128 + its number"
     assert done.stderr == ""
+
+
+@BOTH_SIGNALS
+def test_signals_that_come_together_count_once(signum: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    echoes = []
+
+    def sleep(seconds: float) -> None:
+        os.kill(os.getpid(), signum)
+        os.kill(os.getpid(), signal.SIGINT)
+        echoes.append(seconds)
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    with catch_signals() as interruption:
+        os.kill(os.getpid(), signum)
+        assert interruption.signum == signum
+    assert len(echoes) == 1
+
+
+def test_a_signal_between_micro_batches_leaves_the_step_to_the_resumed_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus, model = text_corpus(tmp_path), {"dropout": 0.1}
+    settings = {"micro_batch_tokens": CONTEXT, "steps": 6, "eval_every": 0}
+    run(tmp_path, corpus, "whole", model=model, config=settings)
+
+    def change(call: int, training: bool, loss: Tensor) -> None:
+        if call == 3 * 4 + 2:  # the second of the fourth step's four
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        hook_losses(patch, change)
+        result = run(tmp_path, corpus, model=model, config=settings)
+    assert (result.status, result.step, result.signal) == ("interrupted", 3, signal.SIGTERM)
+    run(tmp_path, corpus, model=model, config=settings, resume=tmp_path / "ckpt.safetensors")
+    assert curve(tmp_path) == curve(tmp_path, "whole")
+    assert same_tensors(weights(tmp_path, "ckpt.state"), weights(tmp_path, "whole.state"))
+
+
+def test_a_signal_during_a_save_lets_it_finish_and_then_stops_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus, written = text_corpus(tmp_path), []
+    save_checkpoint = saving.save_checkpoint
+
+    def interrupted(path: Path, *arguments: Any, **options: Any) -> None:
+        if not written:
+            os.kill(os.getpid(), signal.SIGTERM)
+        save_checkpoint(path, *arguments, **options)
+        written.append(path.name)
+
+    monkeypatch.setattr(saving, "save_checkpoint", interrupted)
+    result = run(tmp_path, corpus, config={"eval_every": 4, "save_every": 4})
+    assert (result.status, result.step, result.signal) == ("interrupted", 4, signal.SIGTERM)
+    assert written == ["ckpt.safetensors", "ckpt.best.safetensors"], "both, and each once"
+    assert {read_info(tmp_path / name).step for name in written} == {4}
+
+
+def test_the_command_stopped_as_timeout_stops_it_saves_and_ends_with_143(tmp_path: Path) -> None:
+    (tmp_path / "data.txt").write_text(text())
+    line = "train data.txt --sparse --dim 16 --depth 1 --heads 2 --seq-len 16 --batch-tokens 32 --steps 1000000 --log-every 1"
+    process = subprocess.Popen(
+        [*NSA, *line.split(), "--json"], cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    for _ in range(4):
+        last = process.stdout.readline()
+    for _ in range(2):  # timeout's: to the process, then to its group
+        process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 143, err
+    lines = [json.loads(line) for line in (last + out).splitlines()]
+    assert lines[-1] == {"checkpoint": "ckpt.safetensors"}
+    assert b"nsa: SIGTERM: saving at step" in err
+    assert read_info(tmp_path / "ckpt.safetensors").step == lines[-2]["step"] >= 3
 
 
 @BOTH_SIGNALS

@@ -325,7 +325,7 @@ def test_float16_and_a_foreign_vocabulary_are_refused_before_anything_is_written
 def test_the_sampler_hook_sees_each_validated_step_and_disturbs_nothing(tmp_path: Path) -> None:
     corpus, seen = text_corpus(tmp_path), []
 
-    def hook(model: torch.nn.Module, step: int) -> None:
+    def hook(model: torch.nn.Module, step: int, should_stop: Any) -> None:
         seen.append((step, model.training, torch.is_grad_enabled()))
         torch.rand(5)
 

@@ -195,6 +195,12 @@ WeightDecay = Annotated[float | None, _field(_real, "--weight-decay", "AdamW's d
 Beta1 = Annotated[float | None, _field(_real, "--beta1", "AdamW's first moment.", OPTIMISATION)]
 Beta2 = Annotated[float | None, _field(_real, "--beta2", "AdamW's second moment.", OPTIMISATION)]
 GradClip = Annotated[float | None, _field(_real, "--grad-clip", "Largest gradient norm; 0 clips nothing.", OPTIMISATION)]
+MaxSkipped = Annotated[
+    int | None,
+    _field(
+        _count, "--max-skipped", "Updates skipped in a row, loss or gradient not finite, that end with exit 4.", OPTIMISATION
+    ),
+]
 CudaGraph = Annotated[
     bool | None,
     _field(_flag, "--cuda-graph/--no-cuda-graph", "Replay each step as a CUDA graph: small models train faster.", RUNNING),
@@ -236,6 +242,8 @@ DistillWeight = Annotated[
     _field(_real, "--distill-weight", "Weight of KL(teacher || student) in the loss, with --distill-from.", OPTIMISATION),
 ]
 Overwrite = Annotated[bool, _flag("--overwrite", "Replace an existing --out.", OUTPUT)]
+DryRun = Annotated[bool, _flag("--dry-run", "Show settings, costs and one step; write nothing.", OUTPUT)]
+ForceData = Annotated[bool, _flag("--force-data", "Go on with --resume although the data has changed.", OUTPUT)]
 SaveEvery = Annotated[int | None, _field(_count, "--save-every", "Steps between saved states; 0 saves at the end.", OUTPUT)]
 LogEvery = Annotated[int | None, _field(_count, "--log-every", "Steps between metric lines.", OUTPUT)]
 Log = Annotated[
@@ -243,6 +251,13 @@ Log = Annotated[
     _flag("--log", "Show the metrics there too: tensorboard or wandb; may be repeated.", OUTPUT, metavar="NAME"),
 ]
 EvalEvery = Annotated[int | None, _field(_count, "--eval-every", "Steps between validations; 0 never validates.", OUTPUT)]
+Patience = Annotated[
+    int | None, _field(_count, "--patience", "Validations without a new best that end the run; 0 never does.", OUTPUT)
+]
+Keep = Annotated[int | None, _field(_count, "--keep", "Numbered weights kept of the last saves, ckpt.step-00000500 ...", OUTPUT)]
+SampleEvery = Annotated[
+    int | None, _field(_count, "--sample-every", "Steps between samples, shown and in the metrics; 0 makes none.", OUTPUT)
+]
 EvalTokens = Annotated[int | None, _field(_count, "--eval-tokens", "Most tokens of a validation.", OUTPUT)]
 
 # Sampling.

@@ -147,6 +147,10 @@ class TrainingReporter:
         if "val_loss" in line or (late and not self._live):
             self._messages.say(self._line(line))
             self._spoken_s = time.monotonic()
+        if line.get("sample") is not None:
+            self._messages.notice(f"sample at step {line['step']}")
+            for row in line["sample"].splitlines():
+                self._messages.say(f"  | {_shown(row.encode('utf-8', 'replace'))}")
 
     def progress(self, step: int, steps: int, line: Mapping[str, Any]) -> None:
         """After every step."""
@@ -175,8 +179,9 @@ class TrainingReporter:
         self._stop()
         best = summary.get("best_val_loss")
         quality = "" if best is None else f"; best validation loss {best:.4f} at step {summary['best_step']}"
+        status = {"patience": "no better validation for --patience: ended"}.get(summary["status"], summary["status"])
         self._messages.notice(
-            f"{summary['status']} at step {summary['step']} after {seconds_text(summary['elapsed_s'])}{quality}"
+            f"{status} at step {summary['step']} after {seconds_text(summary['elapsed_s'])}{quality}"
         )
 
     def _stop(self) -> None:

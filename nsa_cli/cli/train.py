@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,8 +19,14 @@ from nsa_cli.config import PRESETS, ModelConfig, NSAConfig, TrainConfig
 from nsa_cli.errors import ExitCode, NsaError
 
 if TYPE_CHECKING:
-    from nsa_cli.data import Tokenizer
+    from nsa_cli.cli.machine import Machine
+    from nsa_cli.data import Corpus, Tokenizer
+    from nsa_cli.model import Transformer
     from nsa_cli.training import RunPaths, TrainResult
+    from nsa_cli.training.loop import SamplerHook
+
+SAMPLE_TOKENS = 128
+"""Length of a sample of --sample-every."""
 
 
 def train(
@@ -59,6 +67,7 @@ def train(
     beta1: options.Beta1 = None,
     beta2: options.Beta2 = None,
     grad_clip: options.GradClip = None,
+    max_skipped: options.MaxSkipped = None,
     tokenizer: options.TokenizerFile = None,
     text_key: options.TextKey = "text",
     val_fraction: options.ValFraction = None,
@@ -68,11 +77,16 @@ def train(
     distill_from: options.DistillFrom = None,
     distill_weight: options.DistillWeight = None,
     overwrite: options.Overwrite = False,
+    force_data: options.ForceData = False,
+    dry_run: options.DryRun = False,
     save_every: options.SaveEvery = None,
     log_every: options.LogEvery = None,
     log: options.Log = None,
     eval_every: options.EvalEvery = None,
     eval_tokens: options.EvalTokens = None,
+    patience: options.Patience = None,
+    keep: options.Keep = None,
+    sample_every: options.SampleEvery = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -100,11 +114,15 @@ def run(data: list[str], settings: Resolved) -> int:
     resume: Path | None = settings["resume"]
     moves = settings.chosen("out")
     paths = RunPaths.beside(settings["out"]) if resume is None or moves else RunPaths.of_run(resume)
+    if resume is None and settings.origins["force_data"].kind == "flag":
+        raise NsaError("--force-data goes on with a run", "name the run with --resume", ExitCode.USAGE)
     if resume is not None:
         _refuse_preset(settings)
-    elif not settings["overwrite"]:
+    elif not settings["overwrite"] and not settings["dry_run"]:
         paths.refuse_existing()
     result = _train(data, settings, paths)
+    if result is None:
+        return 0
     return 128 + result.signal if result.signal is not None else 0
 
 
@@ -122,7 +140,7 @@ def _refuse_preset(settings: Resolved) -> None:
         raise NsaError(message, "leave --preset out, or start a new run without --resume", ExitCode.USAGE)
 
 
-def _train(data: list[str], settings: Resolved, paths: RunPaths) -> TrainResult:
+def _train(data: list[str], settings: Resolved, paths: RunPaths) -> TrainResult | None:
     from nsa_cli.cli import output
     from nsa_cli.cli.machine import find_machine
     from nsa_cli.data import load_corpus
@@ -136,7 +154,7 @@ def _train(data: list[str], settings: Resolved, paths: RunPaths) -> TrainResult:
     init_from = begins_from(settings)
     refuse_start(init_from, resume)
     refuse_weight_alone(settings)
-    loggers = make_loggers(settings["log"] or [], paths, quiet=settings["quiet"])
+    loggers = make_loggers([] if settings["dry_run"] else settings["log"] or [], paths, quiet=settings["quiet"])
     if resume is not None:
         _continue(settings, resume)
     tokenizer = _tokenizer(settings)
@@ -161,6 +179,9 @@ def _train(data: list[str], settings: Resolved, paths: RunPaths) -> TrainResult:
         text_key=settings["text_key"],
         stdin=sys.stdin.buffer,
     )
+    if settings["dry_run"]:
+        _dry_run(model_config, train_config, corpus, paths, machine, settings)
+        return None
     with (
         output.TrainingReporter(messages, json_lines=settings["json"], verbose=settings["verbose"]) as told,
         LoggedReporter(told, loggers) as reporter,
@@ -177,14 +198,70 @@ def _train(data: list[str], settings: Resolved, paths: RunPaths) -> TrainResult:
             init_from=init_from,
             distill_from=settings["distill_from"],
             overwrite=settings["overwrite"],
+            force_data=settings["force_data"],
             reporter=reporter,
             notices=[machine.notice] if machine.notice else [],
+            sampler_hook=_sampler(tokenizer, train_config.seed) if train_config.sample_every else None,
         )
     if settings["json"]:
         output.write_json({"checkpoint": str(paths.last)})
     else:
         output.write_line(str(paths.last))
     return result
+
+
+def _sampler(tokenizer: Tokenizer, seed: int) -> SamplerHook:
+    """What --sample-every calls: a continuation of a blank line, the same noise every time."""
+    from nsa_cli.generation import SamplingConfig, TextOptions
+    from nsa_cli.generation import run as generate_text
+
+    text_options = TextOptions(sampling=SamplingConfig(max_tokens=SAMPLE_TOKENS, seed=seed), framing="whole")
+
+    def sample(model: Transformer, step: int, should_stop: Callable[[], bool]) -> str:
+        parts: list[bytes] = []
+        generate_text(model, tokenizer, io.BytesIO(b"\n"), parts.append, text_options, should_stop=should_stop)
+        return b"".join(parts).removesuffix(b"\n").decode("utf-8", "replace")
+
+    return sample
+
+
+def _dry_run(
+    model_config: ModelConfig,
+    train_config: TrainConfig,
+    corpus: Corpus,
+    paths: RunPaths,
+    machine: Machine,
+    settings: Resolved,
+) -> None:
+    from nsa_cli.cli import output
+    from nsa_cli.cli.dry_run import report_lines, settings_record
+    from nsa_cli.training import dry_run
+
+    report = dry_run(
+        model_config,
+        train_config,
+        corpus,
+        paths=paths,
+        device=machine.device,
+        kernel=machine.kernel,
+        dtype=machine.dtype,
+        resume=settings["resume"],
+        force_data=settings["force_data"],
+    )
+    messages = output.Messages(quiet=settings["quiet"])
+    for notice in report["notices"]:
+        messages.notice(notice)
+    if settings["resume"] is None and not settings["overwrite"]:
+        try:
+            paths.refuse_existing()
+        except NsaError as error:
+            messages.notice(f"{error.message}: {error.hint}")
+    report = {"settings": settings_record(settings), **report}
+    report["notices"] = [*([machine.notice] if machine.notice else []), *report["notices"]]
+    if settings["json"]:
+        output.write_json(report)
+    else:
+        output.write_line("\n".join(report_lines(report)))
 
 
 def _continue(settings: Resolved, resume: Path) -> None:

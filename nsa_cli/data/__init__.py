@@ -1,7 +1,7 @@
 """From files to token windows: tokenizer, corpus and sampler. numpy only; torch is the model's business."""
 
 from nsa_cli.data.corpus import Corpus, load_corpus
-from nsa_cli.data.sampler import training_batch, validation_windows
+from nsa_cli.data.sampler import training_batch, validation_windows, window_starts
 from nsa_cli.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer, tokenizer_from_dict
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "tokenizer_from_dict",
     "training_batch",
     "validation_windows",
+    "window_starts",
 ]

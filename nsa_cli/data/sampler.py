@@ -11,30 +11,38 @@ import numpy.typing as npt
 Windows = npt.NDArray[np.int64]
 
 
+def window_starts(tokens: int, *, seed: int, step: int, batch: int, context: int) -> npt.NDArray[np.int64]:
+    """Where the windows of one optimizer step begin in a text of `tokens` tokens: int64 [batch].
+
+    start[i] = Philox(key of seed, counter of step)[i] mod (N - context). ValueError when N < context + 1.
+    """
+    choices = tokens - context
+    if choices < 1:
+        raise ValueError(f"{tokens} tokens: must be at least context + 1 = {context + 1}")
+    # The raw stream of a bit generator is fixed for good, which Generator.integers is not. The modulo is biased by
+    # at most N / 2^64.
+    key = np.random.SeedSequence(seed).generate_state(2, np.uint64)
+    stream = np.random.Philox(key=key, counter=[0, 0, 0, step])
+    return (stream.random_raw(batch) % np.uint64(choices)).astype(np.int64)
+
+
 def training_batch(
     tokens: npt.NDArray[Any], *, seed: int, step: int, batch: int, context: int, rank: int = 0, world: int = 1
 ) -> tuple[Windows, Windows]:
     """Inputs and targets of one optimizer step: windows at random starts, drawn uniformly and with replacement.
 
-    start[i] = Philox(key of seed, counter of step)[i] mod (N - context), input i = tokens[start : start + context]
-    and its target is one token further on. `batch` counts the windows of the whole step; rank r of w gets the r-th of
-    w equal consecutive parts, so that w ranks together see what one rank alone would.
+    start as in `window_starts`, input i = tokens[start : start + context] and its target is one token further on.
+    `batch` counts the windows of the whole step; rank r of w gets the r-th of w equal consecutive parts, so that w ranks
+    together see what one rank alone would.
 
     tokens: 1-D, unsigned, N >= context + 1. Returns two int64 arrays [batch / world, context].
     ValueError when N is too small or `world` does not divide `batch`.
     """
-    choices = len(tokens) - context
-    if choices < 1:
-        raise ValueError(f"{len(tokens)} tokens: must be at least context + 1 = {context + 1}")
     if not 0 <= rank < world or batch % world:
         raise ValueError(f"batch = {batch}: must be a multiple of world = {world}, and rank = {rank} below it")
-    # The raw stream of a bit generator is fixed for good, which Generator.integers is not. The modulo is biased by
-    # at most N / 2^64.
-    key = np.random.SeedSequence(seed).generate_state(2, np.uint64)
-    stream = np.random.Philox(key=key, counter=[0, 0, 0, step])
-    starts = stream.random_raw(batch) % np.uint64(choices)
+    starts = window_starts(len(tokens), seed=seed, step=step, batch=batch, context=context)
     share = batch // world
-    places = starts[rank * share : (rank + 1) * share, None].astype(np.int64) + np.arange(context + 1)
+    places = starts[rank * share : (rank + 1) * share, None] + np.arange(context + 1)
     windows = tokens[places].astype(np.int64)
     return windows[:, :-1].copy(), windows[:, 1:].copy()
 

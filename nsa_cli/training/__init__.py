@@ -3,6 +3,7 @@
 `run` and `schedule` need no torch; `train` and the rest load it.
 """
 
+from nsa_cli.training.dryrun import dry_run
 from nsa_cli.training.loop import train
 from nsa_cli.training.resume import run_settings, run_tokenizer
 from nsa_cli.training.run import Reporter, RunPaths, SilentReporter, TrainResult
@@ -13,6 +14,7 @@ __all__ = [
     "RunPaths",
     "SilentReporter",
     "TrainResult",
+    "dry_run",
     "learning_rate",
     "run_settings",
     "run_tokenizer",

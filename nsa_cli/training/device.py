@@ -33,6 +33,18 @@ def arithmetic(device: torch.device, dtype: torch.dtype) -> AbstractContextManag
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
+def random_states(device: torch.device) -> list[Tensor]:
+    """The states of the generators that a run on this device draws from."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def set_random_states(device: torch.device, states: list[Tensor]) -> None:
+    """Puts back what `random_states` gave."""
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
+
+
 @contextmanager
 def deterministic_on_cpu(device: torch.device) -> Iterator[None]:
     """Deterministic algorithms for a run on the CPU, where a parallel scatter-add would add in any order."""

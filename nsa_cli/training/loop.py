@@ -9,12 +9,11 @@ only when every line up to its step is in the metrics file, and a resumed run ne
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,12 +24,13 @@ from nsa_cli.model import Transformer, build_model
 from nsa_cli.ops.dispatch import resolve_kernel
 from nsa_cli.training.batches import BatchPlan, plan_batches, training_batches, validation_batches
 from nsa_cli.training.convert import begin_from, told
-from nsa_cli.training.device import arithmetic, deterministic_on_cpu, explained_errors
+from nsa_cli.training.device import arithmetic, deterministic_on_cpu, explained_errors, random_states, set_random_states
 from nsa_cli.training.distill import DistillingLoss, find_teacher, load_teacher
+from nsa_cli.training.divergence import name_batch
 from nsa_cli.training.graphs import CapturedGradients, refuse_cuda_graph
 from nsa_cli.training.health import selection_health
 from nsa_cli.training.metrics import Clock, MetricsLog, bits_per_byte, finite, header_record, machine_record
-from nsa_cli.training.optim import FiniteGuard, clipped_update, make_optimizer
+from nsa_cli.training.optim import Diverged, FiniteGuard, clipped_update, make_optimizer
 from nsa_cli.training.resume import check_continues, read_run, refuse_start
 from nsa_cli.training.run import Reporter, RunPaths, SilentReporter, TrainResult
 from nsa_cli.training.saving import Progress, RunFiles
@@ -38,7 +38,7 @@ from nsa_cli.training.schedule import learning_rate, warmup_steps
 from nsa_cli.training.signals import Interruption, catch_signals
 from nsa_cli.training.validation import evaluating, validation_loss
 
-SamplerHook = Callable[[Transformer, int], None]
+SamplerHook = Callable[[Transformer, int, Callable[[], bool]], str | None]
 
 
 def train(
@@ -54,6 +54,7 @@ def train(
     init_from: Path | None = None,
     distill_from: Path | None = None,
     overwrite: bool = False,
+    force_data: bool = False,
     reporter: Reporter | None = None,
     notices: Sequence[str] = (),
     sampler_hook: SamplerHook | None = None,
@@ -67,9 +68,11 @@ def train(
     paths: copied).
     init_from: a checkpoint whose weights a new run begins with (nsa_cli.training.convert); not with `resume`.
     distill_from: a checkpoint to learn from besides the text (nsa_cli.training.distill); a resumed run remembers its own.
+    force_data: go on from `resume` with other data; its validation losses then count from nothing.
     notices: lines for the metrics header, already shown to the user; a kernel's fallback is added to them and reported.
-    sampler_hook(model, step): called after each validation, in eval mode without gradients; its random numbers do not
-    disturb the run's.
+    sampler_hook(model, step, should_stop): called every sample_every steps (0: after each validation), in eval mode without
+    gradients; its random numbers do not disturb the run's. Text that it returns goes into the step's line as "sample".
+    should_stop says that a signal came; what it returns then is left to the resumed run.
 
     A BrokenPipeError of the reporter is raised again once state and weights of the step reached are saved.
 
@@ -92,7 +95,10 @@ def train(
     if moves and not overwrite:
         paths.refuse_existing()
     if saved is not None:
-        check_continues(saved, model_config, config, corpus)
+        other_data = check_continues(saved, model_config, config, corpus, force_data=force_data)
+        if other_data is not None:
+            notices = [*notices, f"going on with other data: {other_data}"]
+            reporter.notice(notices[-1])
     left = saved is None or saved.step < config.steps
     teacher_record = find_teacher(distill_from, saved, paths) if left else None
     sparse = model_config.nsa is not None  # dense attention is SDPA whatever the kernel
@@ -122,7 +128,7 @@ def train(
             origins = {**origins, "distill_from": teacher_record}
         machine = machine_record(model, config, device=device, dtype=dtype, notices=notices)
         header = {**header_record(model, corpus, machine), **origins}
-        optimizer, guard = make_optimizer(model, config), FiniteGuard(device)
+        optimizer, guard = make_optimizer(model, config), FiniteGuard(device, config.max_skipped)
         files = RunFiles(paths, model, optimizer, guard, config, corpus, device, origins)
         log = MetricsLog(paths.metrics)
         progress, elapsed_s = Progress(), 0.0
@@ -130,21 +136,29 @@ def train(
             progress, elapsed_s = files.restore(saved), float(saved.meta["elapsed_s"])
             for path in files.restore_files(saved, progress):
                 reporter.notice(f"restored {path}")
+            if other_data is not None:
+                progress.forget_losses()
         run = _Run(files, progress, plan, dtype, Clock(elapsed_s), log, reporter, sampler_hook, teacher)
-        if not moves and progress.step >= config.steps and progress.pending is None:
-            reporter.notice(f"{paths.last} has done all of its {config.steps} steps: nothing to do")
-            return run.result("finished", None)
+        if not moves and run.done:
+            why = f"has done all of its {config.steps} steps"
+            if run.status == "patience":
+                why = f"was ended by --patience {config.patience} at step {progress.step}"
+            reporter.notice(f"{paths.last} {why}: nothing to do")
+            return run.result(run.status, None)
         info = header
+        files.remove_leftovers()
         if saved is None:
             # Killed after this the new run can be resumed; killed before it, an earlier one is still whole.
             files.save_state(progress, elapsed_s=0.0)
             log.start(header)
         else:
-            record = {"event": "resume", "from_step": progress.step, **machine}
+            record = {"event": "resume", "from_step": progress.step, "data": header["data"], **machine}
             log.resume(saved.paths.metrics, progress.step, header, record)
             info = {**header, **record}
+        if progress.step == 0:
+            files.take_over()
         try:
-            with catch_signals() as interruption, run.saved_when_nobody_reads():
+            with catch_signals() as interruption, run.diverging_batch_named(), run.saved_when_nobody_reads():
                 reporter.start(info)
                 return run.to_the_end(interruption)
         finally:
@@ -194,6 +208,35 @@ class _Run:
                 self.save()
             raise
 
+    @contextmanager
+    def diverging_batch_named(self) -> Iterator[None]:
+        """Adds the data that the first bad step saw to the error of a diverged run, and to the metrics."""
+        try:
+            yield
+        except Diverged as error:
+            seed, tokens = self.config.seed, self.corpus.train
+            named, record = name_batch(error, self.model, tokens, self.plan, seed=seed, autocast=self.autocast)
+            self.log.write(record)
+            raise named from error
+
+    @property
+    def over(self) -> bool:
+        """Whether no step is left: all are done, or the last validations were no better."""
+        patience = self.config.patience
+        return self.progress.step >= self.config.steps or 0 < patience <= self.progress.stale
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing at all is left, the last step's validation included."""
+        return self.over and self.progress.pending is None
+
+    @property
+    def status(self) -> Literal["finished", "patience", "interrupted"]:
+        """How the run stands, for its result."""
+        if not self.done:
+            return "interrupted"
+        return "finished" if self.progress.step >= self.config.steps else "patience"
+
     def to_the_end(self, interruption: Interruption) -> TrainResult:
         """Steps until the last one, or until a signal came; the state is saved either way."""
         progress, steps = self.progress, self.config.steps
@@ -201,30 +244,32 @@ class _Run:
         with explained_errors(self.plan.micro, self.context):
             if progress.pending is not None:
                 self.finish_step(progress.pending, interruption)
-            while progress.step < steps and not interruption:
+            while not self.over and not interruption:
                 self.step(interruption)
                 self.reporter.progress(progress.step, steps, self.line)
-        done = progress.step >= steps and progress.pending is None
-        if not done:
+        if not self.done:
             self.reporter.notice(f"{interruption.name}: saving at step {progress.step}; a second signal leaves at once")
         if self.saved_step != progress.step:
             self.save()
-        result = self.result("finished" if done else "interrupted", None if done else interruption.signum)
+        result = self.result(self.status, None if self.done else interruption.signum)
         self.reporter.finish(finite({"event": "finish", **vars(result), "checkpoint": str(result.checkpoint)}))
         return result
 
     def step(self, interruption: Interruption) -> None:
         """One update and what is due after it."""
         step = self.progress.step + 1
-        loss, norm, lr = self.update(step)
+        made = self.update(step, interruption)
+        if made is None:
+            return
+        loss, norm, lr = made
         self.progress.step = step
         self.clock.count(self.plan.windows * self.context)
         if self.device.type == "cpu":
             self.files.guard.check()  # costs nothing where nothing runs ahead
-        validate = self.due(step, self.config.eval_every) and len(self.corpus.val) > 0
-        log = validate or step in (1, self.config.steps) or step % self.config.log_every == 0
+        look = self.validates(step) or self.samples(step)
+        log = look or step in (1, self.config.steps) or step % self.config.log_every == 0
         line = finite(self.measured(step, loss, norm, lr)) if log else None
-        if validate:
+        if look:
             self.progress.pending = line
         self.finish_step(line, interruption)
 
@@ -232,15 +277,32 @@ class _Run:
         """At multiples of `every` and at the last step; never for 0."""
         return every > 0 and (step % every == 0 or step == self.config.steps)
 
-    def update(self, step: int) -> tuple[Tensor, Tensor, float]:
+    def validates(self, step: int) -> bool:
+        """Whether the step ends with a validation."""
+        return self.due(step, self.config.eval_every) and len(self.corpus.val) > 0
+
+    def samples(self, step: int) -> bool:
+        """Whether the step ends with a sample."""
+        every = self.config.sample_every
+        return self.sampler_hook is not None and (self.due(step, every) if every else self.validates(step))
+
+    def update(self, step: int, interruption: Interruption) -> tuple[Tensor, Tensor, float] | None:
         """Gradients of the whole batch and one update: mean loss (or its parts), gradient norm (on the device) and
-        learning rate."""
+        learning rate.
+
+        None if a signal came between two micro-batches: all is then as it was before the step.
+        """
+        before = random_states(self.device)
         seed, train = self.config.seed, self.corpus.train
         total = torch.zeros(self.parts, dtype=torch.float32, device=self.device)
         batches = training_batches(train, self.plan, seed=seed, step=step, context=self.context, device=self.device)
         if self.captured is not None:
             self.captured.begin()
         for inputs, targets, share in batches:
+            if interruption:
+                self.files.optimizer.zero_grad(set_to_none=True)
+                set_random_states(self.device, before)
+                return None
             if self.captured is not None:
                 total += self.captured(inputs, targets, share)
                 continue
@@ -278,18 +340,20 @@ class _Run:
         return line
 
     def finish_step(self, line: dict[str, Any] | None, interruption: Interruption) -> None:
-        """Validation if the step's line waits for one, the line, a save if one is due.
+        """Validation and sample if the step's line waits for them, the line, a save if one is due.
 
-        An interrupted validation leaves all three to the resumed run.
+        Interrupted, it leaves all of them to the resumed run.
         """
         progress = self.progress
         if line is not None and progress.pending is not None:
             with self.clock.paused():
-                measured = self.validate(interruption)
-            if measured is None:
+                seen = self.look(interruption)
+            if seen is None:
                 return
             progress.pending = None
-            line = {**line, **finite(measured)}
+            line = {**line, **finite(seen)}
+            if self.status == "patience":
+                line["status"] = "patience"
         if line is not None:
             self.line = line
             self.log.write(line)
@@ -297,23 +361,28 @@ class _Run:
         if progress.best_step == progress.step or self.due(progress.step, self.config.save_every):
             self.save()
 
-    def validate(self, interruption: Interruption) -> dict[str, Any] | None:
-        """val_loss, val_bits_per_byte and (sparse) selection of the weights as they are; None if interrupted. Remembers
-        the best."""
+    def look(self, interruption: Interruption) -> dict[str, Any] | None:
+        """val_loss, val_bits_per_byte and (sparse) selection of the weights as they are, and a sample; None if interrupted."""
         progress, corpus = self.progress, self.corpus
+        seen: dict[str, Any] = {}
+        loss: float | None = None
         with evaluating(self.model):
-            loss = validation_loss(self.forward, self.validation_batches(), autocast=self.autocast, interruption=interruption)
-            if loss is None:
-                return None
-            window = next(iter(self.validation_batches()))[0][:1, : self.context]
-            health = selection_health(self.model, window, autocast=self.autocast)
-            if self.sampler_hook is not None:
-                self.sampler_hook(self.model, progress.step)
-        progress.val_loss = loss if math.isfinite(loss) else None
-        if progress.val_loss is not None and (progress.best_val_loss is None or loss < progress.best_val_loss):
-            progress.best_val_loss, progress.best_step = loss, progress.step
-        measured = {"val_loss": loss, "val_bits_per_byte": bits_per_byte(loss, len(corpus.val), corpus.val_bytes)}
-        return {**measured, "selection": health} if health else measured
+            if self.validates(progress.step):
+                loss = validation_loss(self.forward, self.validation_batches(), autocast=self.autocast, interruption=interruption)
+                if loss is None:
+                    return None
+                seen |= {"val_loss": loss, "val_bits_per_byte": bits_per_byte(loss, len(corpus.val), corpus.val_bytes)}
+                window = next(iter(self.validation_batches()))[0][:1, : self.context]
+                health = selection_health(self.model, window, autocast=self.autocast)
+                seen |= {"selection": health} if health else {}
+            if self.sampler_hook is not None and self.samples(progress.step):
+                text = self.sampler_hook(self.model, progress.step, lambda: bool(interruption))
+                if interruption:
+                    return None
+                seen |= {} if text is None else {"sample": text}
+        if loss is not None:
+            progress.judge(loss)
+        return seen
 
     def validation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The fixed batches of a validation, the same every time."""

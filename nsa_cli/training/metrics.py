@@ -3,15 +3,16 @@
 Header ("event": "start"): model, train (the two configurations), parameters (by part), kernel (the one really used),
 notices, device, dtype, compile, data (fingerprint, sources, tokens, bytes), tokenizer, versions; init_from, a start's report
 (nsa_cli.training.convert), and distill_from, a teacher's path and fingerprint, where the run has them.
-A resumed run adds {"event": "resume", "from_step", and the same description of the machine} where it goes on.
+A resumed run adds {"event": "resume", "from_step", data, and the same description of the machine} where it goes on; one that
+diverged {"event": "diverged", first_step, at_step, windows, not_finite} (nsa_cli.training.divergence).
 
 A step's line: step, loss (nats per token, the mean over the step's batch, before its update), bits_per_byte, lr,
 grad_norm (before clipping), skipped (updates left out so far because loss or gradient was not finite), tokens_per_s
 (since the line before, validation and saving not counted), elapsed_s (of the run, resumed parts added up); with a teacher
 distill_kl, KL(teacher || student) in nats per token: what is minimised is loss + distill_weight * distill_kl; for sparse
-models gates, per layer the means of [cmp, slc, win]; after a validation val_loss and val_bits_per_byte, and for sparse
-models selection: a list a layer of entropy_nats, entropy_share, changed and never_selected (nsa_cli.training.health). A
-number that is not finite is null: JSON has no NaN.
+models gates, per layer the means of [cmp, slc, win]; after a validation val_loss and val_bits_per_byte, for sparse models
+selection, a list a layer of entropy_nats, entropy_share, changed and never_selected (nsa_cli.training.health), and "status":
+"patience" where it ended the run; with samples "sample", a text. A number that is not finite is null: JSON has no NaN.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -158,9 +159,10 @@ class MetricsLog:
             self._file.flush()
 
     def close(self) -> None:
-        """Idempotent."""
+        """Idempotent, and silent: every line has been flushed, and one that failed has been told."""
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):
+                self._file.close()
 
     def _open(self, mode: Literal["w", "a"]) -> None:
         with write_errors(self.path):

@@ -16,9 +16,18 @@ from torch import Tensor, nn
 from nsa_cli.config import TrainConfig
 from nsa_cli.errors import ExitCode, NsaError
 
-MAX_SKIPPED_IN_ROW = 10
-"""Skipped updates in a row that end a run. One bad batch is met by the next good one with the weights untouched; ten
-different batches that all fail mean that the weights themselves are at fault, and no further step can repair them."""
+
+class Diverged(NsaError):
+    """Loss or gradient was not finite at each of steps first_step to last_step; exit 4. where: the data of the first."""
+
+    def __init__(self, first_step: int, last_step: int, where: str = "") -> None:
+        self.first_step, self.last_step = first_step, last_step
+        super().__init__(
+            f"training diverged: loss or gradient not finite at each of steps {first_step} to {last_step}; they made no "
+            f"update, the weights are those before step {first_step}" + (f"; {where}" if where else ""),
+            "lower --lr, lengthen --warmup or lower --grad-clip, then train again",
+            ExitCode.DIVERGED,
+        )
 
 
 def is_decayed(name: str, parameter: Tensor) -> bool:
@@ -53,11 +62,12 @@ class FiniteGuard:
     """Counts the updates that a non-finite loss or gradient norm forbids; three int64 scalars on the device.
 
     in_row: skipped updates up to now without a good one between. total: skipped updates of the run.
-    halted_at: the step at which in_row reached MAX_SKIPPED_IN_ROW, else 0. From then on every update is skipped, so
-    that the weights stay as they were however late the host looks.
+    halted_at: the step at which in_row reached `limit`, else 0. From then on every update is skipped, so that the
+    weights stay as they were however late the host looks.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, limit: int) -> None:
+        self.limit = limit
         self.in_row = torch.zeros((), dtype=torch.int64, device=device)
         self.total = torch.zeros_like(self.in_row)
         self.halted_at = torch.zeros_like(self.in_row)
@@ -67,21 +77,15 @@ class FiniteGuard:
         bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
         self.total += bad
         self.in_row = torch.where(bad, self.in_row + 1, 0)
-        reached = (self.in_row >= MAX_SKIPPED_IN_ROW) & (self.halted_at == 0)
+        reached = (self.in_row >= self.limit) & (self.halted_at == 0)
         self.halted_at = torch.where(reached, step, self.halted_at)
         return (bad | (self.halted_at > 0)).float()
 
     def check(self) -> int:
-        """Skipped updates so far (waits for the device); NsaError with exit 4 once too many came in a row."""
+        """Skipped updates so far (waits for the device); Diverged once too many came in a row."""
         total, halted_at = torch.stack((self.total, self.halted_at)).tolist()
         if halted_at:
-            first = halted_at - MAX_SKIPPED_IN_ROW + 1
-            raise NsaError(
-                f"training diverged: loss or gradient not finite at each of steps {first} to {halted_at}; "
-                f"they made no update, the weights are those before step {first}",
-                "lower --lr, lengthen --warmup or lower --grad-clip, then train again",
-                ExitCode.DIVERGED,
-            )
+            raise Diverged(halted_at - self.limit + 1, halted_at)
         return int(total)
 
     def to_tensors(self) -> dict[str, Tensor]:

@@ -2,14 +2,15 @@
 
 A resumed run must be what one uninterrupted run with the new settings would have been. So these may change:
 
-* paths, log_every, eval_every, save_every, compile, cuda_graph, device, kernel, dtype: how the run is done and watched;
+* paths, log_every, eval_every, save_every, sample_every, keep, patience, max_skipped, compile, cuda_graph, device, kernel,
+  dtype: how the run is done and watched, and when it ends;
 * micro_batch_tokens: the same gradient added up in other parts (its last bits may change);
 * steps, schedule, lr, min_lr_ratio, warmup, decay_ratio: as far as every update already made would have had the same
   learning rate. That extends a constant run at any time, a wsd run before its decay has begun, and neither a cosine nor
   a linear one.
 
 All else (data, tokenizer, model, batch_tokens, seed, weight_decay, betas, grad_clip, eval_tokens, val_fraction) may
-not.
+not; the data alone may where the user insists (`--force-data`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from nsa_cli.training.run import RunPaths
 from nsa_cli.training.schedule import learning_rate
 
 FREE = frozenset({"micro_batch_tokens", "log_every", "eval_every", "save_every", "compile", "cuda_graph"})
+FREE |= {"max_skipped", "patience", "keep", "sample_every"}
 RATE = ("steps", "schedule", "lr", "min_lr_ratio", "warmup", "decay_ratio")
 
 
@@ -106,13 +108,13 @@ def _paths(checkpoint: Path) -> RunPaths:
 
 def _settings(state: Path, meta: Mapping[str, Any]) -> tuple[ModelConfig, TrainConfig]:
     """Both configurations of a state, once all of its meta is known to have the right types; else NsaError, exit 3."""
-    missing = [key for key in (*_META, "model", "train") if key not in meta]
+    missing = [key for key in (*_META, "model", "train") if key not in meta and key not in _ADDED]
     if missing:
         hint = "resume with the version of nsa that wrote it"
         raise NsaError(f"{state}: a training state without {missing[0]!r}", hint, ExitCode.BAD_INPUT)
     try:
         for key, (right, rule) in _META.items():
-            if not right(meta[key]):
+            if key in meta and not right(meta[key]):
                 raise ValueError(f"{key} = {meta[key]!r}: must be {rule}")
         if not _are_origins(meta.get("origins", {})):
             raise ValueError(f"origins = {meta['origins']!r}: must be a table of records")
@@ -153,11 +155,15 @@ _META: dict[str, tuple[Callable[[Any], bool], str]] = {
     "val_loss": (lambda value: value is None or _is_number(value), "a number or null"),
     "best_val_loss": (lambda value: value is None or _is_number(value), "a number or null"),
     "best_step": (lambda value: value is None or _is_count(value), "an integer of at least 0 or null"),
+    "stale": (_is_count, "an integer of at least 0"),
     "pending": (lambda value: value is None or _is_line(value), "a metrics line or null"),
     "tokenizer": (lambda value: isinstance(value, dict), "a table"),
     "fingerprint": (lambda value: isinstance(value, str), "a string"),
 }
 """What a state's meta holds besides the two configurations: the test of each value, and its rule in words."""
+
+_ADDED = ("stale",)
+"""Of these, what states of earlier versions do not have."""
 
 
 def flag(field: str) -> str:
@@ -165,14 +171,40 @@ def flag(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
+_NAMED = 20
+"""Sources that a state names; a folder may have a million."""
+
+
+def data_facts(corpus: Corpus) -> dict[str, Any]:
+    """What a state says of the data besides the fingerprint, for the message when it has changed."""
+    tokens = len(corpus.train) + len(corpus.val)
+    return {"sources": list(corpus.sources[:_NAMED]), "files": len(corpus.sources), "tokens": tokens}
+
+
+def changed_data(saved: SavedRun, corpus: Corpus) -> str | None:
+    """How the data differs from the saved run's: "the data was A, is B"; None if it does not."""
+    if saved.meta["fingerprint"] == corpus.fingerprint:
+        return None
+    was, now = (_described(facts) for facts in (saved.meta.get("data"), data_facts(corpus)))
+    marks = f"{saved.meta['fingerprint'][:12]} and {corpus.fingerprint[:12]}"
+    return f"the data was {was}, is {now} (fingerprints {marks})"
+
+
+def _described(facts: Any) -> str:
+    try:
+        sources, files, tokens = list(facts["sources"]), int(facts["files"]), int(facts["tokens"])
+    except (TypeError, KeyError, ValueError):  # a state from before they were kept
+        return "another"
+    named = " ".join(map(str, sources[:3])) + (f" and {files - 3:,} more" if files > 3 else "")
+    return f"{tokens:,} tokens of {named}"
+
+
 def changed_settings(saved: SavedRun, model_config: ModelConfig, config: TrainConfig, corpus: Corpus) -> list[str]:
-    """What keeps the saved run from going on, each as "--flag was A, is B"; empty if nothing does."""
+    """What keeps the saved run from going on besides the data, each as "--flag was A, is B"; empty if nothing does."""
     meta = saved.meta
     changes = _differences(saved.model.to_dict(), model_config.to_dict())
     if meta["tokenizer"] != corpus.tokenizer.to_dict():
         changes.append(f"the tokenizer was {meta['tokenizer'].get('name', 'another')}, is {corpus.tokenizer.name}")
-    elif meta["fingerprint"] != corpus.fingerprint:
-        changes.append(f"the data was {meta['fingerprint'][:12]}, is {corpus.fingerprint[:12]} (fingerprints)")
     old, new = saved.config.to_dict(), config.to_dict()
     if _same_rates(saved.config, config, saved.step):
         old = {key: value for key, value in old.items() if key not in RATE}
@@ -180,15 +212,24 @@ def changed_settings(saved: SavedRun, model_config: ModelConfig, config: TrainCo
     return changes + _differences(old, {key: new[key] for key in old})
 
 
-def check_continues(saved: SavedRun, model_config: ModelConfig, config: TrainConfig, corpus: Corpus) -> None:
-    """NsaError with exit 3 that names everything `changed_settings` finds."""
+def check_continues(
+    saved: SavedRun, model_config: ModelConfig, config: TrainConfig, corpus: Corpus, *, force_data: bool = False
+) -> str | None:
+    """NsaError with exit 3 that names everything that `changed_settings` and `changed_data` find.
+
+    With force_data other data is let pass, and the change returned for the user to see.
+    """
     changes = changed_settings(saved, model_config, config, corpus)
-    if changes:
-        raise NsaError(
-            f"cannot resume {saved.paths.last} at step {saved.step}: " + "; ".join(changes),
-            "resume with the run's own data and settings, or train anew with another --out",
-            ExitCode.BAD_INPUT,
-        )
+    data = changed_data(saved, corpus)
+    other_tokenizer = saved.meta["tokenizer"] != corpus.tokenizer.to_dict()  # it changes the fingerprint by itself
+    if data is not None and not other_tokenizer and not force_data:
+        changes.append(data)
+    if not changes:
+        return data
+    hint = "resume with the run's own data and settings, or train anew with another --out"
+    if changes == [data]:
+        hint = "resume with the run's own data, or add --force-data to go on with this"
+    raise NsaError(f"cannot resume {saved.paths.last} at step {saved.step}: " + "; ".join(changes), hint, ExitCode.BAD_INPUT)
 
 
 def _same_rates(old: TrainConfig, new: TrainConfig, done: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,9 +46,26 @@ class RunPaths:
         name = checkpoint.name.removesuffix(".state.safetensors")
         return cls.beside(checkpoint if name == checkpoint.name else checkpoint.with_name(f"{name}.safetensors"))
 
+    def numbered(self, step: int) -> Path:
+        """Where `--keep` puts the weights of a step: ckpt.step-00000500.safetensors."""
+        return self.last.with_name(f"{self._stem}.step-{step:08}.safetensors")
+
+    def all_numbered(self) -> dict[int, Path]:
+        """The numbered weights that lie beside the checkpoint, by step."""
+        found = {}
+        for path in self.last.parent.glob(f"{glob.escape(self._stem)}.step-*.safetensors"):
+            digits = path.name.removeprefix(f"{self._stem}.step-").removesuffix(".safetensors")
+            if digits.isdecimal() and path == self.numbered(int(digits)):
+                found[int(digits)] = path
+        return found
+
+    @property
+    def _stem(self) -> str:
+        return self.state.name.removesuffix(".state.safetensors")
+
     def refuse_existing(self) -> None:
         """NsaError with exit 2 if a checkpoint of an earlier run lies at one of these paths."""
-        for path in (self.last, self.state, self.best):
+        for path in (self.last, self.state, self.best, *self.all_numbered().values()):
             if path.exists():
                 raise NsaError(
                     f"{path} exists",
@@ -92,13 +110,14 @@ class SilentReporter:
 class TrainResult:
     """How a run ended.
 
-    step: optimizer steps done. signal: the number of the signal that interrupted it, else None. val_loss: the last
-    validation's, best_val_loss and best_step the best one's (nats per token), None if there was none.
+    step: optimizer steps done. status: "patience" where validations had stopped to improve. signal: the number of the
+    signal that interrupted it, else None. val_loss: the last validation's, best_val_loss and best_step the best one's
+    (nats per token), None if there was none.
     skipped: updates left out because the loss or gradient was not finite. checkpoint: the last weights.
     """
 
     step: int
-    status: Literal["finished", "interrupted"]
+    status: Literal["finished", "patience", "interrupted"]
     signal: int | None
     val_loss: float | None
     best_val_loss: float | None

@@ -7,6 +7,7 @@ belong to it, whatever weights of an earlier run still lie beside it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsa_cli.checkpoint import read_info, save_checkpoint, save_state
+from nsa_cli.checkpoint import read_info, remove_leftovers, save_checkpoint, save_state
 from nsa_cli.config import TrainConfig
 from nsa_cli.data import Corpus
 from nsa_cli.errors import ExitCode, NsaError
 from nsa_cli.model import Transformer
 from nsa_cli.training.metrics import copy_file, write_errors
 from nsa_cli.training.optim import FiniteGuard, load_moments, moments
-from nsa_cli.training.resume import SavedRun
+from nsa_cli.training.resume import SavedRun, data_facts
 from nsa_cli.training.run import RunPaths
 
 
@@ -30,15 +31,32 @@ from nsa_cli.training.run import RunPaths
 class Progress:
     """How far a run is: all that its next step depends on besides tensors.
 
-    val_loss, best_val_loss, best_step: of validations in nats per token; None before the first (finite) one.
-    pending: the metrics line of `step` if an interruption kept its validation from ending; the resumed run makes it up.
+    val_loss, best_val_loss, best_step: of validations in nats per token; None before the first (finite) one. After the
+    data was changed by force the losses are None, and best_step alone says that there are best weights.
+    stale: validations since the best one.
+    pending: the metrics line of `step` if an interruption kept its validation or sample from ending; the resumed run makes
+    them up.
     """
 
     step: int = 0
     val_loss: float | None = None
     best_val_loss: float | None = None
     best_step: int | None = None
+    stale: int = 0
     pending: dict[str, Any] | None = None
+
+    def forget_losses(self) -> None:
+        """The held-out text is another one: its losses do not compare with those so far."""
+        self.val_loss = self.best_val_loss = None
+        self.stale = 0
+
+    def judge(self, loss: float) -> None:
+        """A validation of this step's weights; one that is not finite is nobody's best."""
+        self.val_loss = loss if math.isfinite(loss) else None
+        if self.val_loss is not None and (self.best_val_loss is None or loss < self.best_val_loss):
+            self.best_val_loss, self.best_step, self.stale = loss, self.step, 0
+        else:
+            self.stale += 1
 
 
 @dataclass(frozen=True)
@@ -63,6 +81,26 @@ class RunFiles:
             self._save_weights(self.paths.best, progress)
         elif progress.best_step is None:
             self.paths.best.unlink(missing_ok=True)
+        self._keep(progress)
+
+    def _keep(self, progress: Progress) -> None:
+        """The numbered copy of a save that save_every made, and only then the end of the oldest that are too many."""
+        if not self.is_kept(progress.step):
+            return
+        copy_file(self.paths.last, self.paths.numbered(progress.step))
+        kept = self.paths.all_numbered()
+        for step in sorted(step for step in kept if step <= progress.step)[: -self.config.keep]:
+            kept[step].unlink(missing_ok=True)
+
+    def is_kept(self, step: int) -> bool:
+        """Whether the weights of this step get a file of their own."""
+        every = self.config.save_every
+        return self.config.keep > 0 and step > 0 and (step == self.config.steps or (every > 0 and step % every == 0))
+
+    def take_over(self) -> None:
+        """Removes the numbered weights of an earlier run, which this one replaces."""
+        for path in self.paths.all_numbered().values():
+            path.unlink(missing_ok=True)
 
     def save_state(self, progress: Progress, *, elapsed_s: float) -> None:
         """The state alone: all that resuming needs."""
@@ -74,10 +112,16 @@ class RunFiles:
             "tokenizer": self.corpus.tokenizer.to_dict(),
             "fingerprint": self.corpus.fingerprint,
             "origins": dict(self.origins),
+            "data": data_facts(self.corpus),
         }
         with write_errors(self.paths.last):
             self.paths.last.parent.mkdir(parents=True, exist_ok=True)
         save_state(self.paths.state, self._tensors(), meta)
+
+    def remove_leftovers(self) -> None:
+        """What killed processes left half-written of this run's files."""
+        for path in vars(self.paths).values():
+            remove_leftovers(path)
 
     def restore(self, saved: SavedRun) -> Progress:
         """Weights, moments, counts and random states from a state file; NsaError with exit 3 if they do not fit."""
@@ -92,7 +136,7 @@ class RunFiles:
             torch.set_rng_state(parts["rng"]["cpu"])
             if self.device.type == "cuda" and "cuda" in parts["rng"]:
                 torch.cuda.set_rng_state(parts["rng"]["cuda"], self.device)
-            return Progress(**{name: saved.meta[name] for name in Progress.__dataclass_fields__})
+            return Progress(**{name: saved.meta[name] for name in Progress.__dataclass_fields__ if name in saved.meta})
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
             hint = "it is damaged or another version's: train anew"
@@ -107,24 +151,32 @@ class RunFiles:
         """
         restored, moves = [], saved.moves_to(self.paths)
         if moves:
+            self.take_over()
             self.save(progress, elapsed_s=saved.meta["elapsed_s"])
-        elif not self._holds(self.paths.last, progress.step, progress.val_loss, saved.meta["train"]):
+        elif not self._holds(saved, self.paths.last, progress.step, progress.val_loss, saved.meta["train"]):
             self._save_weights(self.paths.last, progress)
             restored.append(str(self.paths.last))
+        if not moves and self.is_kept(progress.step) and not self.paths.numbered(progress.step).exists():
+            self._keep(progress)
+            restored.append(str(self.paths.numbered(progress.step)))
         best = (progress.best_step, progress.best_val_loss)
-        if progress.best_step is None or (not moves and self._holds(self.paths.best, *best)):
+        if progress.best_step is not None and progress.best_val_loss is None:  # judged on other data, and kept
+            if moves and saved.paths.best.exists():
+                copy_file(saved.paths.best, self.paths.best)
+            return restored
+        if progress.best_step is None or (not moves and self._holds(saved, self.paths.best, *best)):
             return restored
         if progress.best_step == progress.step:
             self._save_weights(self.paths.best, progress)
-        elif self._holds(saved.paths.best, *best):
+        elif self._holds(saved, saved.paths.best, *best):
             copy_file(saved.paths.best, self.paths.best)
         else:
             progress.best_step = progress.best_val_loss = None
             return restored
         return [*restored, str(self.paths.best)]
 
-    def _holds(self, path: Path, step: int | None, val_loss: float | None, train: Any = None) -> bool:
-        """Whether a checkpoint has this step of this run, and not of one that had these files before.
+    def _holds(self, saved: SavedRun, path: Path, step: int | None, val_loss: float | None, train: Any = None) -> bool:
+        """Whether a checkpoint has this step of the saved run, and not of one that had these files before.
 
         Equal validation losses, in all of their digits, tell apart runs of one model on the same data; where there may
         be none, `train`, the settings it was written with, does.
@@ -136,7 +188,7 @@ class RunFiles:
         if info is None or (info.step, info.config) != (step, self.model.config):
             return False
         said = info.metadata
-        same = said.get("fingerprint") == self.corpus.fingerprint and said.get("val_loss") == val_loss
+        same = said.get("fingerprint") == saved.meta["fingerprint"] and said.get("val_loss") == val_loss
         return same and (train is None or said.get("train") == train)
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 CAUGHT = (signal.SIGINT, signal.SIGTERM)
+
+SAME_S = 0.25
+"""Signals so close together are one: `timeout` sends its own to the process and to its group, a launcher may pass on a
+Ctrl-C that the terminal has already sent to everybody."""
 
 
 class Interruption:
@@ -28,9 +33,9 @@ class Interruption:
 
 @contextmanager
 def catch_signals() -> Iterator[Interruption]:
-    """Turns the first SIGINT or SIGTERM into a flag; a second one ends the process at once.
+    """Turns the first SIGINT or SIGTERM into a flag; a second one, SAME_S later or more, ends the process at once.
 
-    On the first signal the system's default action is put back for both, so that the second kills the process (the
+    After the first signal the system's default action is put back for both, so that the second kills the process (the
     shell sees 130 or 143) even while it is deep in a computation that does not return to Python. The handlers found on
     entry are put back on exit. Outside the main thread, where Python allows no handlers, the flag is never set.
     """
@@ -40,7 +45,10 @@ def catch_signals() -> Iterator[Interruption]:
         return
 
     def remember(signum: int, frame: FrameType | None) -> None:
+        if interruption:
+            return
         interruption.signum = signum
+        time.sleep(SAME_S)  # its echoes come here, while this handler is still in place
         for each in CAUGHT:
             signal.signal(each, signal.SIG_DFL)
 
