@@ -47,6 +47,16 @@ def test_forced_data_goes_on_says_so_and_judges_the_best_anew(tmp_path: Path) ->
     assert resumed[1]["notices"] == []
 
 
+def test_forced_data_under_another_name_begins_with_no_best_loss_either(tmp_path: Path) -> None:
+    interrupted_run(tmp_path, text_corpus(tmp_path))
+    best = weights(tmp_path, "ckpt.best")
+    corpus = text_corpus(tmp_path, "QUITE ANOTHER TEXT? ")
+    interrupted_run(tmp_path, corpus, at=8, name="moved", resume=ckpt(tmp_path), force_data=True)
+    meta = load_state(tmp_path / "moved.state.safetensors")[1]
+    assert (meta["fingerprint"], meta["best_step"], meta["best_val_loss"]) == (corpus.fingerprint, 5, None)
+    assert same_tensors(weights(tmp_path, "moved.best"), best)
+
+
 def test_forced_data_of_another_tokenizer_is_still_refused(tmp_path: Path) -> None:
     corpus = text_corpus(tmp_path)
     interrupted_run(tmp_path, corpus)

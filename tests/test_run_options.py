@@ -112,6 +112,15 @@ def test_the_last_saves_are_kept_under_their_numbers(tmp_path: Path) -> None:
     assert numbered(tmp_path, "none") == []
 
 
+def test_weights_that_were_kept_name_the_checkpoint_to_resume(tmp_path: Path) -> None:
+    corpus = text_corpus(tmp_path)
+    run(tmp_path, corpus, config={"keep": 1})
+    for name in ("ckpt.step-00000012", "ckpt.best"):
+        with pytest.raises(NsaError, match="beside it") as caught:
+            run(tmp_path, corpus, resume=ckpt(tmp_path, name))
+        assert caught.value.hint == f"it holds weights alone; its run goes on with --resume {ckpt(tmp_path)}"
+
+
 def test_an_older_save_goes_only_when_the_new_one_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus, settings = text_corpus(tmp_path), {"save_every": 3, "keep": 1}
     run(tmp_path, corpus, "whole", config=settings)

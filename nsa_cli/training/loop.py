@@ -134,10 +134,10 @@ def train(
         progress, elapsed_s = Progress(), 0.0
         if saved is not None:
             progress, elapsed_s = files.restore(saved), float(saved.meta["elapsed_s"])
-            for path in files.restore_files(saved, progress):
-                reporter.notice(f"restored {path}")
             if other_data is not None:
                 progress.forget_losses()
+            for path in files.restore_files(saved, progress):
+                reporter.notice(f"restored {path}")
         run = _Run(files, progress, plan, dtype, Clock(elapsed_s), log, reporter, sampler_hook, teacher)
         if not moves and run.done:
             why = f"has done all of its {config.steps} steps"

@@ -16,6 +16,7 @@ not; the data alone may where the user insists (`--force-data`).
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,11 +99,11 @@ def run_tokenizer(checkpoint: Path) -> Tokenizer:
 def _paths(checkpoint: Path) -> RunPaths:
     paths = RunPaths.of_run(checkpoint)
     if not paths.state.exists():
-        raise NsaError(
-            f"cannot resume from {checkpoint}: no {paths.state.name} beside it",
-            "the state file holds the optimizer; keep it with the checkpoint, or train anew",
-            ExitCode.BAD_INPUT,
-        )
+        hint = "the state file holds the optimizer; keep it with the checkpoint, or train anew"
+        copy = re.fullmatch(r"(.+)\.(?:best|step-\d+)\.safetensors", checkpoint.name)
+        if copy is not None and (last := checkpoint.with_name(f"{copy[1]}.safetensors")).exists():
+            hint = f"it holds weights alone; its run goes on with --resume {last}"
+        raise NsaError(f"cannot resume from {checkpoint}: no {paths.state.name} beside it", hint, ExitCode.BAD_INPUT)
     return paths
 
 

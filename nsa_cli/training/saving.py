@@ -153,7 +153,7 @@ class RunFiles:
         if moves:
             self.take_over()
             self.save(progress, elapsed_s=saved.meta["elapsed_s"])
-        elif not self._holds(saved, self.paths.last, progress.step, progress.val_loss, saved.meta["train"]):
+        elif not self._holds(saved, self.paths.last, saved.step, saved.meta["val_loss"], saved.meta["train"]):
             self._save_weights(self.paths.last, progress)
             restored.append(str(self.paths.last))
         if not moves and self.is_kept(progress.step) and not self.paths.numbered(progress.step).exists():
