@@ -172,7 +172,8 @@ class TrainConfig:
     steps: optimizer steps. batch_tokens: tokens a step, a multiple of the context; gradients are accumulated over
     micro-batches of at most micro_batch_tokens (None: the whole step at once). lr is the peak; min_lr_ratio * lr the end of
     the decay; warmup and (for wsd) decay_ratio * steps shape the schedule. weight_decay acts on matrices only.
-    eval_every 0 never validates; eval_tokens bounds a validation pass; val_fraction is the held-out tail of the data.
+    eval_every 0 never validates; eval_tokens bounds a validation pass; val_fraction is the held-out tail of the data;
+    pack keeps its documents apart, in attention and in positions.
     """
 
     steps: int = 2000
@@ -192,6 +193,7 @@ class TrainConfig:
     eval_every: int = 250
     eval_tokens: int = 131072
     val_fraction: float = 0.1
+    pack: bool = True
     save_every: int = 500
     compile: bool = False
     cuda_graph: bool = False
@@ -211,6 +213,7 @@ class TrainConfig:
         for field in ("beta1", "beta2"):
             _require_number(self, field, 0.0, 0.99999)
         _require_number(self, "val_fraction", 0.0, 0.9)
+        _require(isinstance(self.pack, bool), "pack", self.pack, "must be true or false")
         _require(isinstance(self.compile, bool), "compile", self.compile, "must be true or false")
         _require(isinstance(self.cuda_graph, bool), "cuda_graph", self.cuda_graph, "must be true or false")
 

@@ -212,6 +212,10 @@ TokenizerFile = Annotated[
 ]
 TextKey = Annotated[str, _flag("--text-key", "Field of a .jsonl line that holds the text.", DATA, metavar="KEY")]
 ValFraction = Annotated[float | None, _field(_real, "--val-fraction", "Tail of the data held out for validation.", DATA)]
+Pack = Annotated[
+    bool | None,
+    _field(_flag, "--pack/--no-pack", "Keep documents (files, lines of .jsonl) apart, or train on one stream.", DATA),
+]
 
 # Output of training.
 Out = Annotated[Path, _flag("--out", "Checkpoint to write; its other files stand beside it.", OUTPUT, metavar="CKPT")]

@@ -61,6 +61,7 @@ def train(
     tokenizer: options.TokenizerFile = None,
     text_key: options.TextKey = "text",
     val_fraction: options.ValFraction = None,
+    pack: options.Pack = None,
     out: options.Out = Path("ckpt.safetensors"),
     resume: options.Resume = None,
     overwrite: options.Overwrite = False,
@@ -143,6 +144,7 @@ def _train(data: list[str], settings: Resolved, paths: RunPaths) -> TrainResult:
         context=model_config.context,
         text_key=settings["text_key"],
         stdin=sys.stdin.buffer,
+        pack=train_config.pack,
     )
     with output.TrainingReporter(messages, json_lines=settings["json"]) as reporter:
         result = train_model(

@@ -28,15 +28,21 @@ def training_batch(
         raise ValueError(f"{len(tokens)} tokens: must be at least context + 1 = {context + 1}")
     if not 0 <= rank < world or batch % world:
         raise ValueError(f"batch = {batch}: must be a multiple of world = {world}, and rank = {rank} below it")
-    # The raw stream of a bit generator is fixed for good, which Generator.integers is not. The modulo is biased by
-    # at most N / 2^64.
-    key = np.random.SeedSequence(seed).generate_state(2, np.uint64)
-    stream = np.random.Philox(key=key, counter=[0, 0, 0, step])
-    starts = stream.random_raw(batch) % np.uint64(choices)
+    # The modulo is biased by at most N / 2^64.
+    starts = step_draws(seed=seed, step=step, count=batch) % np.uint64(choices)
     share = batch // world
     places = starts[rank * share : (rank + 1) * share, None].astype(np.int64) + np.arange(context + 1)
     windows = tokens[places].astype(np.int64)
     return windows[:, :-1].copy(), windows[:, 1:].copy()
+
+
+def step_draws(*, seed: int, step: int, count: int, lane: int = 0) -> npt.NDArray[np.uint64]:
+    """The random numbers of one step: Philox(key of seed, counter of step and lane), uniform in 0 .. 2^64 - 1.
+
+    Lanes are independent streams. The raw stream of a bit generator is fixed for good, which Generator.integers is not.
+    """
+    key = np.random.SeedSequence(seed).generate_state(2, np.uint64)
+    return np.random.Philox(key=key, counter=[0, 0, lane, step]).random_raw(count)
 
 
 def validation_windows(
@@ -48,11 +54,15 @@ def validation_windows(
     them (at least one) are kept, evenly spread. The tail that fills no window is left out. ValueError when N <
     context + 1.
     """
-    total = (len(tokens) - 1) // context
-    if total < 1:
-        raise ValueError(f"{len(tokens)} tokens: must be at least context + 1 = {context + 1}")
-    kept = min(total, max(1, max_tokens // context))
-    for place in range(kept):
-        start = place * total // kept * context
+    for start in validation_starts(len(tokens), context=context, max_tokens=max_tokens):
         window = tokens[start : start + context + 1].astype(np.int64)
         yield window[:-1], window[1:]
+
+
+def validation_starts(tokens: int, *, context: int, max_tokens: int) -> list[int]:
+    """Where the windows of a validation pass over so many tokens begin; see `validation_windows`."""
+    total = (tokens - 1) // context
+    if total < 1:
+        raise ValueError(f"{tokens} tokens: must be at least context + 1 = {context + 1}")
+    kept = min(total, max(1, max_tokens // context))
+    return [place * total // kept * context for place in range(kept)]

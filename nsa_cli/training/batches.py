@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nsa_cli.config import ModelConfig, TrainConfig
-from nsa_cli.data import training_batch, validation_windows
+from nsa_cli.data import NO_TARGET, Corpus, Documents, Windows, step_draws, training_batch, validation_windows
 from nsa_cli.errors import ExitCode, NsaError
 from nsa_cli.training.device import to_device
 
@@ -50,25 +50,70 @@ def plan_batches(model_config: ModelConfig, config: TrainConfig) -> BatchPlan:
     return BatchPlan(windows=total // context, micro=min(micro, total) // context)
 
 
-def training_batches(
-    tokens: npt.NDArray[Any], plan: BatchPlan, *, seed: int, step: int, context: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor, float]]:
-    """The micro-batches of one step: inputs and targets int64 [b, t] on the device, and the share of the step they are.
+class Batch(NamedTuple):
+    """A micro-batch on the device.
 
-    The shares add up to 1: the sum of share * mean loss is the mean over the step, and so are its gradients.
+    inputs, targets: int64 [b, t], or [1, b * t] where documents meet inside windows; targets are NO_TARGET where nothing is
+    to be predicted. share: of the step, by targets. cu_seqlens: int32 [documents + 1], where the documents begin, or None.
     """
-    inputs, targets = training_batch(tokens, seed=seed, step=step, batch=plan.windows, context=context)
-    x, y = to_device(inputs, device), to_device(targets, device)
+
+    inputs: Tensor
+    targets: Tensor
+    share: float
+    cu_seqlens: Tensor | None = None
+
+
+def refuse_packing(corpus: Corpus, config: TrainConfig) -> None:
+    """NsaError with exit 2 where documents are packed and shapes may not change from step to step."""
+    if isinstance(corpus.training, np.ndarray):
+        return
+    for flag, on in (("--cuda-graph", config.cuda_graph), ("--compile", config.compile)):
+        if on:
+            message = f"{flag} needs the same shapes at every step, and packed documents have another number each time"
+            raise NsaError(message, f"add --no-pack, or leave out {flag}", ExitCode.USAGE)
+
+
+def training_batches(
+    source: npt.NDArray[Any] | Documents, plan: BatchPlan, *, seed: int, step: int, context: int, device: torch.device
+) -> Iterator[Batch]:
+    """The micro-batches of one step. An array is one document.
+
+    The shares add up to 1: the sum of share * mean loss is the mean over the step's targets, and so are its gradients.
+    """
+    if isinstance(source, np.ndarray):
+        windows = Windows(*training_batch(source, seed=seed, step=step, batch=plan.windows, context=context))
+    else:
+        windows = source.windows(step_draws(seed=seed, step=step, count=plan.windows), context=context)
+    counts = np.count_nonzero(windows.targets != NO_TARGET, axis=1)
+    total = int(counts.sum())
     for start in range(0, plan.windows, plan.micro):
         part = slice(start, min(start + plan.micro, plan.windows))
-        yield x[part], y[part], (part.stop - part.start) / plan.windows
+        if share := int(counts[part].sum()) / max(total, 1):
+            yield _to_batch(windows, part, share, device)
 
 
 def validation_batches(
-    tokens: npt.NDArray[Any], plan: BatchPlan, *, context: int, max_tokens: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and targets int64 [b, t] of the fixed validation windows, b at most the micro-batch's."""
-    windows = validation_windows(tokens, context=context, max_tokens=max_tokens)
-    while pairs := list(islice(windows, plan.micro)):
-        inputs, targets = (np.stack(side) for side in zip(*pairs, strict=True))
-        yield to_device(inputs, device), to_device(targets, device)
+    source: npt.NDArray[Any] | Documents, plan: BatchPlan, *, context: int, max_tokens: int, device: torch.device
+) -> Iterator[Batch]:
+    """The fixed validation windows, at most a micro-batch's number at once; each batch a share of 1."""
+    singles: Iterator[Windows]
+    if isinstance(source, np.ndarray):
+        pairs = validation_windows(source, context=context, max_tokens=max_tokens)
+        singles = (Windows(inputs[None], targets[None]) for inputs, targets in pairs)
+    else:
+        singles = source.fixed_windows(context=context, max_tokens=max_tokens)
+    while group := list(islice(singles, plan.micro)):
+        inputs, targets = (np.concatenate(side) for side in list(zip(*group, strict=True))[:2])
+        begins = None if group[0].begins is None else np.concatenate([each.begins for each in group if each.begins is not None])
+        yield _to_batch(Windows(inputs, targets, begins), slice(None), 1.0, device)
+
+
+def _to_batch(windows: Windows, part: slice, share: float, device: torch.device) -> Batch:
+    """Rows as they are, unless a document begins inside one: then all are packed into one row of documents."""
+    inputs, targets = windows.inputs[part], windows.targets[part]
+    begins = None if windows.begins is None else windows.begins[part]
+    if begins is None or not begins[:, 1:].any():
+        return Batch(to_device(inputs, device), to_device(targets, device), share)
+    cu_seqlens = np.append(np.flatnonzero(begins), begins.size).astype(np.int32)
+    x, y = to_device(inputs.reshape(1, -1), device), to_device(targets.reshape(1, -1), device)
+    return Batch(x, y, share, to_device(cu_seqlens, device))

@@ -22,7 +22,7 @@ from nsa_cli.config import ModelConfig, TrainConfig
 from nsa_cli.data import Corpus
 from nsa_cli.model import Transformer, build_model
 from nsa_cli.ops.dispatch import resolve_kernel
-from nsa_cli.training.batches import BatchPlan, plan_batches, training_batches, validation_batches
+from nsa_cli.training.batches import BatchPlan, plan_batches, refuse_packing, training_batches, validation_batches
 from nsa_cli.training.device import deterministic_on_cpu, explained_errors
 from nsa_cli.training.graphs import CapturedGradients, refuse_cuda_graph
 from nsa_cli.training.metrics import Clock, MetricsLog, bits_per_byte, finite, header_record, machine_record
@@ -78,6 +78,7 @@ def train(
         size = corpus.tokenizer.vocab_size
         raise ValueError(f"vocab_size = {model_config.vocab_size}: must be the tokenizer's {size}")
     plan = plan_batches(model_config, config)
+    refuse_packing(corpus, config)
     saved = None if resume is None else read_run(resume)
     moves = saved is None or saved.moves_to(paths)
     if moves and not overwrite:
@@ -146,7 +147,7 @@ class _Run:
         self.clock, self.log, self.reporter, self.sampler_hook = clock, log, reporter, sampler_hook
         self.model, self.config, self.corpus, self.device = files.model, files.config, files.corpus, files.device
         self.context = self.model.config.context
-        self.forward: Callable[[Tensor, Tensor], Tensor] = self.model
+        self.forward: Callable[..., Tensor] = self.model
         if self.config.compile:
             self.forward = torch.compile(self.model)
         self.dtype = dtype
@@ -206,17 +207,17 @@ class _Run:
 
     def update(self, step: int) -> tuple[Tensor, Tensor, float]:
         """Gradients of the whole batch and one update: mean loss, gradient norm (on the device) and learning rate."""
-        seed, train = self.config.seed, self.corpus.train
+        seed, train = self.config.seed, self.corpus.training
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         batches = training_batches(train, self.plan, seed=seed, step=step, context=self.context, device=self.device)
         if self.captured is not None:
             self.captured.begin()
-        for inputs, targets, share in batches:
+        for inputs, targets, share, cu_seqlens in batches:
             if self.captured is not None:
                 total += self.captured(inputs, targets, share)
                 continue
             with self.autocast():
-                loss = self.forward(inputs, targets) * share
+                loss = self.forward(inputs, targets, cu_seqlens) * share
             loss.backward()
             total += loss.detach()
         lr = learning_rate(step, self.config)
@@ -272,7 +273,7 @@ class _Run:
         """val_loss and val_bits_per_byte of the weights as they are; None if interrupted. Remembers the best."""
         progress, corpus = self.progress, self.corpus
         batches = validation_batches(
-            corpus.val, self.plan, context=self.context, max_tokens=self.config.eval_tokens, device=self.device
+            corpus.validation, self.plan, context=self.context, max_tokens=self.config.eval_tokens, device=self.device
         )
         with evaluating(self.model):
             loss = validation_loss(self.forward, batches, autocast=self.autocast, interruption=interruption)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nsa_cli.data import NO_TARGET
+from nsa_cli.training.batches import Batch
 from nsa_cli.training.signals import Interruption
 
 
@@ -26,24 +28,26 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def validation_loss(
-    forward: Callable[[Tensor, Tensor], Tensor],
-    batches: Iterator[tuple[Tensor, Tensor]],
+    forward: Callable[..., Tensor],
+    batches: Iterator[Batch],
     *,
     autocast: Callable[[], AbstractContextManager[Any]],
     interruption: Interruption,
 ) -> float | None:
-    """Mean cross-entropy in nats per token over the batches; None if a signal came before the last.
+    """Mean cross-entropy in nats per target over the batches; None if a signal came before the last.
 
     Call inside `evaluating`. Sums stay on the device in float64; the host waits once, at the end.
     """
     total: Tensor | None = None
-    tokens = 0
-    for inputs, targets in batches:
+    count: Tensor | None = None
+    for inputs, targets, _, cu_seqlens in batches:
         if interruption:
             return None
+        predicted = (targets != NO_TARGET).sum()
         with autocast():
-            loss = forward(inputs, targets).double() * targets.numel()
+            loss = forward(inputs, targets, cu_seqlens).double() * predicted
         total = loss if total is None else total + loss
-        tokens += targets.numel()
+        count = predicted if count is None else count + predicted
     assert total is not None, "a corpus without validation text is not validated"
-    return float(total.item()) / tokens
+    assert count is not None
+    return float((total / count).item())

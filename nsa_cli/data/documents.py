@@ -1,0 +1,68 @@
+"""Windows that keep documents apart: where one begins inside a window, attention and positions start anew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from nsa_cli.data.sampler import validation_starts
+
+NO_TARGET = -1
+"""The target where nothing is to be predicted, as the model takes it."""
+
+
+class Windows(NamedTuple):
+    """Some windows of one length.
+
+    inputs: int64 [n, t]. targets: int64 [n, t], NO_TARGET where nothing is to be predicted. begins: bool [n, t], whether a
+    document begins with the token (a window's first one is always taken to), or None: one document a window.
+    """
+
+    inputs: npt.NDArray[np.int64]
+    targets: npt.NDArray[np.int64]
+    begins: npt.NDArray[np.bool_] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """The tokens [start, stop) of a text that is made of documents.
+
+    tokens: 1-D ids of the whole text. offsets: int64 [documents + 1], ascending from 0 to len(tokens).
+    """
+
+    tokens: npt.NDArray[Any]
+    offsets: npt.NDArray[np.int64]
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def windows(self, draws: npt.NDArray[np.uint64], *, context: int) -> Windows:
+        """A window for each of the 64-bit draws: it begins at draw mod (N - context), as in `training_batch`."""
+        choices = len(self) - context
+        if choices < 1:
+            raise ValueError(f"{len(self)} tokens: must be at least context + 1 = {context + 1}")
+        return self.windows_at((draws % np.uint64(choices)).astype(np.int64), context)
+
+    def fixed_windows(self, *, context: int, max_tokens: int) -> Iterator[Windows]:
+        """The windows of a validation pass, one at a time, where `validation_windows` puts them."""
+        for start in validation_starts(len(self), context=context, max_tokens=max_tokens):
+            yield self.windows_at(np.array([start]), context)
+
+    def windows_at(self, starts: npt.NDArray[np.int64], context: int) -> Windows:
+        """Windows that begin at these tokens. The last token of a document has no target: what follows is another's."""
+        places = self.start + starts
+        window = self.tokens[places[:, None] + np.arange(context + 1)].astype(np.int64)
+        begins = np.zeros(window.shape, dtype=np.bool_)
+        low = np.searchsorted(self.offsets, places, side="left")
+        high = np.searchsorted(self.offsets, places + context, side="right")
+        for row, place in enumerate(places):
+            begins[row, self.offsets[low[row] : high[row]] - place] = True
+        targets = np.where(begins[:, 1:], NO_TARGET, window[:, 1:])
+        begins[:, 0] = True
+        return Windows(window[:, :-1].copy(), targets, begins[:, :-1].copy())

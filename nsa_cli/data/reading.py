@@ -1,0 +1,216 @@
+"""Files on the command line to documents: found, unpacked and read in pieces, so that no file is ever whole in memory.
+
+A document is a file, stdin, a line of `.jsonl`, or a row of `.parquet`.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import json
+import os
+import sys
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from nsa_cli.errors import ExitCode, NsaError
+
+_TEXT = "txt text md markdown rst org tex log csv tsv json jsonl ndjson xml html css yaml yml toml ini cfg"
+_CODE = "py pyi c h cc cpp hpp cu cuh rs go java kt js ts jsx tsx rb lua pl r jl hs ml swift sql sh"
+
+TEXT_SUFFIXES = frozenset("." + suffix for suffix in f"{_TEXT} {_CODE}".split(" "))
+"""What a folder is searched for (also with .gz after it). A file that is named or matched by a glob may have any."""
+
+PIECE_BYTES = 1 << 22
+"""Most bytes of a file in one piece, but for a line of .jsonl."""
+
+_RECORDS = (".jsonl", ".ndjson")
+_OWN_OUTPUT = ".metrics.jsonl"
+_BLOCK_BYTES = 1 << 16
+
+
+class Piece(NamedTuple):
+    """A part of a document. offset: bytes of the document before it. last: whether the document ends with it."""
+
+    name: str
+    text: bytes
+    offset: int
+    last: bool
+
+
+def bad_input(message: str, hint: str) -> NsaError:
+    """An NsaError with exit 3."""
+    return NsaError(message, hint, ExitCode.BAD_INPUT)
+
+
+def shown(name: str) -> str:
+    """A source's name in messages."""
+    return "stdin" if name == "-" else name
+
+
+def expand(sources: Sequence[str]) -> list[str]:
+    """Every file to read, once, in order; NsaError (exit 3) for a source that is not there."""
+    if not sources:
+        raise bad_input("no training data", "name a file, a folder, or - for stdin")
+    found: list[str] = []
+    seen: set[str] = set()
+    for source in sources:
+        for name in _files(source):
+            key = name if name == "-" else os.path.realpath(name)
+            if key not in seen:
+                seen.add(key)
+                found.append(name)
+    return found
+
+
+def read_pieces(names: Iterable[str], text_key: str, stdin: BinaryIO | None) -> Iterator[Piece]:
+    """The documents of the files, in order, each in pieces of about PIECE_BYTES that end after a line where they can.
+
+    A newline is added to a document that does not end with one and has another behind it. Where a piece ends depends
+    on the text alone. NsaError (exit 3) for a file that cannot be read.
+    """
+    held: Piece | None = None
+    for name in names:
+        for piece in _pieces(name, text_key, stdin):
+            if held is not None:
+                apart = held.last and held.text and not held.text.endswith(b"\n")
+                yield held._replace(text=held.text + b"\n") if apart else held
+            held = piece
+    if held is not None:
+        yield held
+
+
+def _files(source: str) -> Iterator[str]:
+    path = Path(source)
+    if source == "-":
+        yield source
+    elif path.is_dir():
+        yield from _folder(path)
+    elif os.path.lexists(source):
+        yield source
+    elif glob.has_magic(source):
+        matches = sorted(glob.glob(source, recursive=True))  # noqa: PTH207 (Path.glob takes no absolute patterns)
+        if not matches:
+            raise bad_input(f"no file matches {source}", "quote nothing, or check the pattern with ls")
+        for match in matches:
+            # `**` matches folders as well as what is in them; the files come by themselves.
+            if not Path(match).is_dir():
+                yield match
+            elif "**" not in source:
+                yield from _folder(Path(match))
+    else:
+        raise bad_input(f"no such file or folder: {source}", "check the path; DATA is files, folders, globs, or - for stdin")
+
+
+def _folder(folder: Path) -> list[str]:
+    def unreadable(error: OSError) -> None:
+        raise bad_input(f"cannot read folder {error.filename}: {error.strerror}", f"chmod u+rx {error.filename}") from error
+
+    found: list[Path] = []
+    for parent, folders, files in os.walk(folder, onerror=unreadable):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(parent, name) for name in files if _is_text_name(name) and Path(parent, name).is_file()]
+    if not found:
+        raise bad_input(f"no text files in folder {folder}", "name the files themselves, or a glob: any suffix is read then")
+    return [str(path) for path in sorted(found, key=lambda path: path.parts)]
+
+
+def _is_text_name(name: str) -> bool:
+    if name.endswith(_OWN_OUTPUT):
+        return False
+    stem = name.lower().removesuffix(".gz")
+    return not name.startswith(".") and Path(stem).suffix in TEXT_SUFFIXES
+
+
+def _pieces(name: str, text_key: str, stdin: BinaryIO | None) -> Iterator[Piece]:
+    if name == "-":
+        yield from _text_pieces(name, stdin or sys.stdin.buffer)
+        return
+    plain = name.lower()
+    try:
+        with Path(name).open("rb") as file:
+            stream: Any = file
+            if plain.endswith(".gz"):
+                plain = plain.removesuffix(".gz")
+                stream = _Unpacked(name, file)
+            yield from _records(name, stream, text_key) if plain.endswith(_RECORDS) else _text_pieces(name, stream)
+    except OSError as error:
+        hint = f"chmod u+r {name}" if isinstance(error, PermissionError) else "check that it is a readable file"
+        raise bad_input(f"cannot read {name}: {error.strerror or error}", hint) from error
+
+
+class _Unpacked:
+    """The content of a gzip file; NsaError where it is damaged."""
+
+    def __init__(self, name: str, file: BinaryIO) -> None:
+        self._name, self._inner = name, gzip.GzipFile(fileobj=file)
+
+    def read(self, size: int) -> bytes:
+        """At most `size` bytes, b"" at the end."""
+        data = bytearray()
+        while len(data) < size:
+            try:
+                block = self._inner.read1(min(size - len(data), _BLOCK_BYTES))
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                reason = "it ends too early" if isinstance(error, EOFError) else str(error)
+                hint = f"fetch it again; gzip -t {self._name} checks it"
+                raise bad_input(f"{self._name} is not a whole gzip file: {reason}", hint) from error
+            if not block:
+                break
+            data += block
+        return bytes(data)
+
+
+def _text_pieces(name: str, file: Any) -> Iterator[Piece]:
+    held, offset = b"", 0
+    while block := file.read(PIECE_BYTES):
+        held += block
+        if len(held) > PIECE_BYTES:
+            cut = _cut(held)
+            yield Piece(name, held[:cut], offset, False)
+            held, offset = held[cut:], offset + cut
+    yield Piece(name, held, offset, True)
+
+
+def _cut(text: bytes) -> int:
+    """Where to end a piece: after a line, else before a character; something is left for the last piece."""
+    end = text.rfind(b"\n", 0, len(text) - 1) + 1
+    if end == 0:
+        end = len(text) - 1
+        while end > len(text) - 4 and text[end] & 0xC0 == 0x80:
+            end -= 1
+    return end
+
+
+def _records(name: str, file: Any, text_key: str) -> Iterator[Piece]:
+    for number, line in enumerate(_lines(file), 1):
+        if line.strip():
+            yield Piece(name, _text_of(f"{name}, line {number}", line, text_key), 0, True)
+
+
+def _lines(file: Any) -> Iterator[bytes]:
+    held = b""
+    while block := file.read(PIECE_BYTES):
+        *lines, held = (held + block).split(b"\n")
+        yield from lines
+    yield held
+
+
+def _text_of(where: str, line: bytes, text_key: str) -> bytes:
+    """The text of a line of .jsonl; NsaError says why there is none."""
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else "not UTF-8 text, or nested too deep"
+        raise bad_input(f"{where} is not JSON: {reason}", "a .jsonl file has one JSON object a line") from error
+    if not isinstance(record, dict):
+        raise bad_input(f"{where} is not a JSON object", 'a line looks like {"text": "..."}')
+    if not isinstance(record.get(text_key), str):
+        found = ", ".join(list(record)[:8]) or "no keys at all"
+        wrong = "is not a string" if text_key in record else "is missing"
+        raise bad_input(f"{where}: key {text_key!r} {wrong}", f"--text-key names the text's key; this line has {found}")
+    # A lone surrogate is legal JSON, and not a character.
+    text: str = record[text_key]
+    return text.encode("utf-8", errors="replace")
