@@ -204,7 +204,7 @@ Compile = Annotated[bool | None, _field(_flag, "--compile/--no-compile", "Run th
 # Data.
 Data = Annotated[
     list[str],
-    typer.Argument(help="Files, folders, globs, .gz, .jsonl, or - for stdin.", metavar="DATA", show_default=False),
+    typer.Argument(help="Files, folders, globs, .gz, .jsonl, token shards, or - for stdin.", metavar="DATA", show_default=False),
 ]
 TokenizerFile = Annotated[
     Path | None,
@@ -215,6 +215,16 @@ ValFraction = Annotated[float | None, _field(_real, "--val-fraction", "Tail of t
 Pack = Annotated[
     bool | None,
     _field(_flag, "--pack/--no-pack", "Keep documents (files, lines of .jsonl) apart, or train on one stream.", DATA),
+]
+Shards = Annotated[
+    Path | None,
+    _flag(
+        "--shards",
+        "Tokenize into this folder once and map the tokens into memory; text over 512 MiB goes to the user's cache otherwise.",
+        DATA,
+        metavar="FOLDER",
+        show_default=False,
+    ),
 ]
 
 # Output of training.

@@ -62,6 +62,7 @@ def train(
     text_key: options.TextKey = "text",
     val_fraction: options.ValFraction = None,
     pack: options.Pack = None,
+    shards: options.Shards = None,
     out: options.Out = Path("ckpt.safetensors"),
     resume: options.Resume = None,
     overwrite: options.Overwrite = False,
@@ -128,7 +129,7 @@ def _train(data: list[str], settings: Resolved, paths: RunPaths) -> TrainResult:
     resume: Path | None = settings["resume"]
     if resume is not None:
         _continue(settings, resume)
-    tokenizer = _tokenizer(settings)
+    tokenizer = _tokenizer(settings, data)
     model_config, train_config = configurations(settings, tokenizer.vocab_size)
     if settings["verbose"]:
         messages.list_settings(settings.report())
@@ -145,6 +146,8 @@ def _train(data: list[str], settings: Resolved, paths: RunPaths) -> TrainResult:
         text_key=settings["text_key"],
         stdin=sys.stdin.buffer,
         pack=train_config.pack,
+        shards=settings["shards"],
+        notify=messages.notice,
     )
     with output.TrainingReporter(messages, json_lines=settings["json"]) as reporter:
         result = train_model(
@@ -183,14 +186,16 @@ def _continue(settings: Resolved, resume: Path) -> None:
             settings.derive(name, value, f"from {resume}")
 
 
-def _tokenizer(settings: Resolved) -> Tokenizer:
-    """--tokenizer's, else the resumed run's, else bytes."""
-    from nsa_cli.data import load_tokenizer
+def _tokenizer(settings: Resolved, data: list[str]) -> Tokenizer:
+    """--tokenizer's, else the resumed run's, else that of the first token shard in DATA, else bytes."""
+    from nsa_cli.data import load_tokenizer, shard_tokenizer
     from nsa_cli.training import run_tokenizer
 
     resume: Path | None = settings["resume"]
     if settings["tokenizer"] is None and resume is not None:
         return run_tokenizer(resume)
+    if settings["tokenizer"] is None and (found := shard_tokenizer(data)) is not None:
+        return found
     return load_tokenizer(None if settings["tokenizer"] is None else str(settings["tokenizer"]))
 
 

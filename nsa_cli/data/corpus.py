@@ -4,32 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import json
-from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
+from nsa_cli.data.cache import IN_MEMORY_BYTES, Notify, default_folder, sharded_text, text_size
 from nsa_cli.data.documents import Documents
-from nsa_cli.data.reading import Piece, bad_input, expand, read_pieces, shown
+from nsa_cli.data.mixture import Mixture, Source
+from nsa_cli.data.reading import bad_input, expand, read_pieces, shown
+from nsa_cli.data.shards import is_shard, read_shard
+from nsa_cli.data.text import TokenText, tokens_in_memory
 from nsa_cli.data.tokenizer import Tokenizer
-from nsa_cli.errors import NsaError
+
+_COUNTED_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
 class Corpus:
     """Tokens to learn from and tokens to judge by.
 
-    train, val: 1-D ids, the smallest of uint8, uint16 and uint32 that holds the vocabulary; val is the text's end.
+    train, val: 1-D ids, the smallest of uint8, uint16 and uint32 that holds the vocabulary; val is the text's end. Mapped
+    into memory where they come from a shard; of several texts, a Source.
     train_bytes, val_bytes: bytes of text that they stand for. fingerprint: sha256 (hex) over the text, the tokenizer
     and, where windows keep documents apart, their ends. sources: every file read, in order, "-" for stdin.
     train_documents, val_documents: the same tokens as documents; None where there is one alone, or a plain stream.
     """
 
-    train: npt.NDArray[Any]
-    val: npt.NDArray[Any]
+    train: npt.NDArray[Any] | Source
+    val: npt.NDArray[Any] | Source
     train_bytes: int
     val_bytes: int
     fingerprint: str
@@ -39,12 +45,12 @@ class Corpus:
     val_documents: Documents | None = None
 
     @property
-    def training(self) -> npt.NDArray[Any] | Documents:
+    def training(self) -> npt.NDArray[Any] | Source:
         """What training windows are drawn from."""
         return self.train if self.train_documents is None else self.train_documents
 
     @property
-    def validation(self) -> npt.NDArray[Any] | Documents:
+    def validation(self) -> npt.NDArray[Any] | Source:
         """What validation windows are cut from."""
         return self.val if self.val_documents is None else self.val_documents
 
@@ -58,6 +64,8 @@ def load_corpus(
     text_key: str = "text",
     stdin: BinaryIO | None = None,
     pack: bool = True,
+    shards: Path | None = None,
+    notify: Notify | None = None,
 ) -> Corpus:
     """Read, tokenize and split.
 
@@ -67,86 +75,121 @@ def load_corpus(
         that begin with a dot are skipped, as is `*.metrics.jsonl`, what nsa writes beside a checkpoint; links to folders
         are not followed;
       a glob that the shell left as it is: its matches, sorted; `**` crosses folders;
-      `-`: stdin, to its end.
+      `-`: stdin, to its end;
+      a token shard (nsa_cli.data.shards), known by its first bytes; a folder without text files is its `*.tokens`.
     A file reached twice is read once: its copy in the held-out tail would be validation on training data. Between two
     files (or records) a newline is added where the first does not end with one.
 
+    All files of text are one text. Where there are shards as well, or several, each text's windows come up by its share of
+    the tokens, and every text holds out a tail of its own.
+
     pack: each file and each record is a document, which no other sees (nsa_cli.data.documents); False: one stream.
+    shards: a folder for token shards. Text of more than IN_MEMORY_BYTES is never in memory whole: it is tokenized into a
+    shard there, or in the user's cache. notify: told, in one line each, what takes long.
 
     The validation set is the last val_fraction of the tokens, rounded, but never so few or so many that either part
     has less than the context + 1 tokens of one window; val_fraction 0 leaves it empty.
 
-    Raises NsaError (exit 3): a source missing, unreadable, without text, damaged or not text; too few tokens.
+    Raises NsaError (exit 3): a source missing, unreadable, without text, damaged or not text; too few tokens; a shard of
+    another tokenizer.
     """
     names = expand(sources)
-    label = shown(names[0]) if len(names) == 1 else f"{len(names)} files"
-    text = tokenize(read_pieces(names, text_key, stdin), tokenizer)
-    if not len(text.tokens):
-        raise bad_input(f"no training data: {label}, nothing in it", "give a file with some text in it")
-    tokens, documents = text.tokens, len(text.offsets) - 1
-    packed = pack and documents > 1
+    notify = notify or _nobody
+    texts: list[tuple[str, TokenText]] = []
+    files = [name for name in names if name == "-" or not is_shard(name)]
+    if files:
+        label = shown(files[0]) if len(files) == 1 else f"{len(files)} files"
+        if shards is None and text_size(files) <= IN_MEMORY_BYTES:
+            text = tokens_in_memory(read_pieces(files, text_key, stdin), tokenizer)
+        else:
+            folder = shards or default_folder()
+            text = sharded_text(files, tokenizer, folder=folder, text_key=text_key, stdin=stdin, notify=notify)
+        if not len(text.tokens):
+            raise bad_input(f"no training data: {label}, nothing in it", "give a file with some text in it")
+        texts.append((label, text))
+    texts += [(name, _shard(name, tokenizer)) for name in names if name not in files]
+    parts = [_split(label, text, tokenizer, names, val_fraction, context, pack) for label, text in texts]
+    if len(parts) == 1:
+        return parts[0]
+    weights = [float(len(part.train) - context) for part in parts]
+    return _mixed(parts, weights, names, tokenizer)
+
+
+def shard_tokenizer(sources: Sequence[str]) -> Tokenizer | None:
+    """The tokenizer of the first token shard among the sources; None where there is none."""
+    shard = next((name for name in expand(sources) if name != "-" and is_shard(name)), None)
+    return None if shard is None else read_shard(shard)[1]
+
+
+def _nobody(line: str) -> None: ...
+
+
+def _shard(name: str, tokenizer: Tokenizer) -> TokenText:
+    text, made_by = read_shard(name)
+    if made_by.to_dict() != tokenizer.to_dict():
+        kind = "other " if made_by.name == tokenizer.name else ""
+        message = f"{name} holds tokens of {kind}{made_by.name}, and this run's tokenizer is {tokenizer.name}"
+        raise bad_input(message, "give its own --tokenizer, or train on the text itself")
+    return text
+
+
+def _split(
+    label: str, text: TokenText, tokenizer: Tokenizer, names: list[str], val_fraction: float, context: int, pack: bool
+) -> Corpus:
+    """One text and its held-out tail."""
+    tokens, facts = text.tokens, text.facts
+    packed = pack and len(facts.offsets) > 2
     cut = len(tokens) - _held_out(len(tokens), val_fraction, context, label)
-    val_bytes = tokenizer.count_bytes(tokens[cut:])
+    val_bytes = _count_bytes(tokenizer, tokens[cut:])
     return Corpus(
         train=tokens[:cut],
         val=tokens[cut:],
-        train_bytes=max(0, text.num_bytes - val_bytes),
+        train_bytes=max(0, facts.num_bytes - val_bytes),
         val_bytes=val_bytes,
-        fingerprint=text.fingerprint_packed if packed else text.fingerprint,
+        fingerprint=facts.fingerprint_packed if packed else facts.fingerprint,
         sources=names,
         tokenizer=tokenizer,
-        train_documents=Documents(tokens, text.offsets, 0, cut) if packed else None,
-        val_documents=Documents(tokens, text.offsets, cut, len(tokens)) if packed and cut < len(tokens) else None,
+        train_documents=Documents(tokens, facts.offsets, 0, cut) if packed else None,
+        val_documents=Documents(tokens, facts.offsets, cut, len(tokens)) if packed and cut < len(tokens) else None,
     )
 
 
-@dataclass(frozen=True)
-class TokenText:
-    """Tokenized documents.
-
-    offsets: int64 [documents + 1], where each begins, and the number of tokens. num_bytes: of the text.
-    fingerprint: of text and tokenizer; fingerprint_packed: of them and the offsets.
-    """
-
-    tokens: npt.NDArray[Any]
-    offsets: npt.NDArray[np.int64]
-    num_bytes: int
-    fingerprint: str
-    fingerprint_packed: str
+def _count_bytes(tokenizer: Tokenizer, tokens: npt.NDArray[Any]) -> int:
+    starts = range(0, len(tokens), _COUNTED_AT_ONCE)
+    return sum(tokenizer.count_bytes(tokens[start : start + _COUNTED_AT_ONCE]) for start in starts)
 
 
-def tokenize(pieces: Iterable[Piece], tokenizer: Tokenizer) -> TokenText:
-    """The documents in tokens, each by itself: no token reaches from one into the next.
-
-    A document of one token, which has nothing to predict, goes with its neighbour.
-    """
-    digest = hashlib.sha256(json.dumps(tokenizer.to_dict(), sort_keys=True).encode())
-    parts: list[npt.NDArray[Any]] = []
-    ends = array("q", [0])
-    total = num_bytes = 0
-    for piece in pieces:
-        digest.update(piece.text)
-        ids = _encode(tokenizer, piece)
-        parts.append(ids)
-        total += len(ids)
-        num_bytes += len(piece.text)
-        if piece.last and total - ends[-1] >= 2:
-            ends.append(total)
-    if len(ends) > 1:
-        ends.pop()
-    ends.append(total)
-    tokens = np.concatenate(parts) if parts else np.empty(0, np.uint8)
-    offsets = np.frombuffer(ends, dtype=np.int64)
-    fingerprint = digest.hexdigest()
-    packed = hashlib.sha256(fingerprint.encode() + offsets.tobytes()).hexdigest()
-    return TokenText(tokens, offsets, num_bytes, fingerprint, packed)
+def _mixed(parts: Sequence[Corpus], weights: Sequence[float], names: list[str], tokenizer: Tokenizer) -> Corpus:
+    """Several texts as one corpus."""
+    train, val = (_mixture([side(part) for part in parts], weights) for side in (_training, _validation))
+    said = json.dumps([[part.fingerprint, weight] for part, weight in zip(parts, weights, strict=True)])
+    return Corpus(
+        train=train,
+        val=val,
+        train_bytes=sum(part.train_bytes for part in parts),
+        val_bytes=sum(part.val_bytes for part in parts),
+        fingerprint=hashlib.sha256(said.encode()).hexdigest(),
+        sources=names,
+        tokenizer=tokenizer,
+    )
 
 
-def _encode(tokenizer: Tokenizer, piece: Piece) -> npt.NDArray[Any]:
-    try:
-        return tokenizer.encode(piece.text)
-    except NsaError as error:
-        raise NsaError(f"{shown(piece.name)}: {error.message}", error.hint, error.exit_code) from error
+def _training(part: Corpus) -> npt.NDArray[Any] | Source:
+    return part.training
+
+
+def _validation(part: Corpus) -> npt.NDArray[Any] | Source:
+    return part.validation
+
+
+def _mixture(sides: Sequence[npt.NDArray[Any] | Source], weights: Sequence[float]) -> Mixture:
+    return Mixture(tuple(_as_source(side) for side in sides), tuple(weights))
+
+
+def _as_source(tokens: npt.NDArray[Any] | Source) -> Source:
+    if isinstance(tokens, np.ndarray):
+        return Documents(tokens, np.array([0, len(tokens)]), 0, len(tokens))
+    return tokens
 
 
 def _held_out(tokens: int, val_fraction: float, context: int, label: str) -> int:

@@ -42,6 +42,11 @@ class Documents:
     def __len__(self) -> int:
         return self.stop - self.start
 
+    @property
+    def packed(self) -> bool:
+        """Whether documents may begin inside windows."""
+        return len(self.offsets) > 2
+
     def windows(self, draws: npt.NDArray[np.uint64], *, context: int) -> Windows:
         """A window for each of the 64-bit draws: it begins at draw mod (N - context), as in `training_batch`."""
         choices = len(self) - context

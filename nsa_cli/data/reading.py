@@ -109,9 +109,12 @@ def _folder(folder: Path) -> list[str]:
         raise bad_input(f"cannot read folder {error.filename}: {error.strerror}", f"chmod u+rx {error.filename}") from error
 
     found: list[Path] = []
+    shards: list[Path] = []
     for parent, folders, files in os.walk(folder, onerror=unreadable):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(parent, name) for name in files if _is_text_name(name) and Path(parent, name).is_file()]
+        shards += [Path(parent, name) for name in files if name.endswith(".tokens") and not name.startswith(".")]
+    found = found or shards
     if not found:
         raise bad_input(f"no text files in folder {folder}", "name the files themselves, or a glob: any suffix is read then")
     return [str(path) for path in sorted(found, key=lambda path: path.parts)]

@@ -109,10 +109,8 @@ class BPETokenizer:
             wrong = f"byte 0x{data[error.start]:02x} at offset {error.start} is not UTF-8"
             hint = "convert it to UTF-8, or leave out --tokenizer: the default tokens are bytes and take any file"
             raise NsaError(f"{wrong}, which the BPE tokenizer needs", hint, ExitCode.BAD_INPUT) from error
-        pieces = [
-            np.asarray(self._inner.encode(piece, add_special_tokens=False).ids, dtype=self._dtype)
-            for piece in _pieces(text)
-        ]
+        encoded = self._inner.encode_batch(list(_pieces(text)), add_special_tokens=False)  # a thread a piece
+        pieces = [np.asarray(piece.ids, dtype=self._dtype) for piece in encoded]
         return np.concatenate(pieces) if pieces else np.empty(0, dtype=self._dtype)
 
     def decode(self, ids: Sequence[int]) -> bytes:

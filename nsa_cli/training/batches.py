@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nsa_cli.config import ModelConfig, TrainConfig
-from nsa_cli.data import NO_TARGET, Corpus, Documents, Windows, step_draws, training_batch, validation_windows
+from nsa_cli.data import NO_TARGET, Corpus, Source, Windows, step_draws, training_batch, validation_windows
 from nsa_cli.errors import ExitCode, NsaError
 from nsa_cli.training.device import to_device
 
@@ -65,7 +65,7 @@ class Batch(NamedTuple):
 
 def refuse_packing(corpus: Corpus, config: TrainConfig) -> None:
     """NsaError with exit 2 where documents are packed and shapes may not change from step to step."""
-    if isinstance(corpus.training, np.ndarray):
+    if isinstance(corpus.training, np.ndarray) or not corpus.training.packed:
         return
     for flag, on in (("--cuda-graph", config.cuda_graph), ("--compile", config.compile)):
         if on:
@@ -74,7 +74,7 @@ def refuse_packing(corpus: Corpus, config: TrainConfig) -> None:
 
 
 def training_batches(
-    source: npt.NDArray[Any] | Documents, plan: BatchPlan, *, seed: int, step: int, context: int, device: torch.device
+    source: npt.NDArray[Any] | Source, plan: BatchPlan, *, seed: int, step: int, context: int, device: torch.device
 ) -> Iterator[Batch]:
     """The micro-batches of one step. An array is one document.
 
@@ -93,7 +93,7 @@ def training_batches(
 
 
 def validation_batches(
-    source: npt.NDArray[Any] | Documents, plan: BatchPlan, *, context: int, max_tokens: int, device: torch.device
+    source: npt.NDArray[Any] | Source, plan: BatchPlan, *, context: int, max_tokens: int, device: torch.device
 ) -> Iterator[Batch]:
     """The fixed validation windows, at most a micro-batch's number at once; each batch a share of 1."""
     singles: Iterator[Windows]

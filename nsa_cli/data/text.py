@@ -1,0 +1,81 @@
+"""Documents to tokens, part by part: what is in memory at once is one piece of the text, and where documents end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nsa_cli.data.reading import Piece, shown
+from nsa_cli.data.tokenizer import Tokenizer
+from nsa_cli.errors import NsaError
+
+
+@dataclass(frozen=True, eq=False)
+class TextFacts:
+    """What is to be said of tokenized documents besides the tokens.
+
+    offsets: int64 [documents + 1], where each begins, and the number of tokens. num_bytes: of the text.
+    fingerprint: sha256 (hex) of text and tokenizer; fingerprint_packed: of them and the offsets.
+    broken: what was wrong with the text and passed over, lines for the user.
+    """
+
+    offsets: npt.NDArray[np.int64]
+    num_bytes: int
+    fingerprint: str
+    fingerprint_packed: str
+    broken: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class TokenText:
+    """Tokenized documents: 1-D ids, in memory or mapped into it."""
+
+    tokens: npt.NDArray[Any]
+    facts: TextFacts
+
+
+def tokenize(pieces: Iterable[Piece], tokenizer: Tokenizer, write: Callable[[npt.NDArray[Any]], None]) -> TextFacts:
+    """The documents' tokens through `write`, each document by itself: no token reaches from one into the next.
+
+    A document of one token, which has nothing to predict, goes with its neighbour.
+    """
+    digest = hashlib.sha256(json.dumps(tokenizer.to_dict(), sort_keys=True).encode())
+    ends = array("q", [0])
+    total = num_bytes = 0
+    for piece in pieces:
+        digest.update(piece.text)
+        ids = _encode(tokenizer, piece)
+        write(ids)
+        total += len(ids)
+        num_bytes += len(piece.text)
+        if piece.last and total - ends[-1] >= 2:
+            ends.append(total)
+    if len(ends) > 1:
+        ends.pop()
+    ends.append(total)
+    offsets = np.frombuffer(ends, dtype=np.int64)
+    fingerprint = digest.hexdigest()
+    packed = hashlib.sha256(fingerprint.encode())
+    packed.update(offsets.data)
+    return TextFacts(offsets, num_bytes, fingerprint, packed.hexdigest())
+
+
+def tokens_in_memory(pieces: Iterable[Piece], tokenizer: Tokenizer) -> TokenText:
+    """`tokenize` into an array."""
+    parts: list[npt.NDArray[Any]] = []
+    facts = tokenize(pieces, tokenizer, parts.append)
+    return TokenText(np.concatenate(parts) if parts else np.empty(0, np.uint8), facts)
+
+
+def _encode(tokenizer: Tokenizer, piece: Piece) -> npt.NDArray[Any]:
+    try:
+        return tokenizer.encode(piece.text)
+    except NsaError as error:
+        raise NsaError(f"{shown(piece.name)}: {error.message}", error.hint, error.exit_code) from error
