@@ -226,6 +226,9 @@ Shards = Annotated[
         show_default=False,
     ),
 ]
+Strict = Annotated[
+    bool, _flag("--strict", "Refuse broken input, which is passed over, counted and named otherwise.", DATA)
+]
 
 # Output of training.
 Out = Annotated[Path, _flag("--out", "Checkpoint to write; its other files stand beside it.", OUTPUT, metavar="CKPT")]

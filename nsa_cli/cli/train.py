@@ -62,6 +62,7 @@ def train(
     text_key: options.TextKey = "text",
     val_fraction: options.ValFraction = None,
     pack: options.Pack = None,
+    strict: options.Strict = False,
     shards: options.Shards = None,
     out: options.Out = Path("ckpt.safetensors"),
     resume: options.Resume = None,
@@ -146,6 +147,7 @@ def _train(data: list[str], settings: Resolved, paths: RunPaths) -> TrainResult:
         text_key=settings["text_key"],
         stdin=sys.stdin.buffer,
         pack=train_config.pack,
+        strict=settings["strict"],
         shards=settings["shards"],
         notify=messages.notice,
     )
@@ -161,7 +163,7 @@ def _train(data: list[str], settings: Resolved, paths: RunPaths) -> TrainResult:
             resume=resume,
             overwrite=settings["overwrite"],
             reporter=reporter,
-            notices=[machine.notice] if machine.notice else [],
+            notices=[*([machine.notice] if machine.notice else []), *corpus.notices],
         )
     if settings["json"]:
         output.write_json({"checkpoint": str(paths.last)})

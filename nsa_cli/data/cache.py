@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy.typing as npt
 
-from nsa_cli.data.reading import read_pieces
+from nsa_cli.data.reading import Broken, read_pieces
 from nsa_cli.data.shards import SUFFIX, VERSION, read_shard, write_shard
 from nsa_cli.data.text import TextFacts, TokenText, tokenize
 from nsa_cli.data.tokenizer import Tokenizer
@@ -54,6 +54,7 @@ def sharded_text(
     folder: Path,
     text_key: str,
     stdin: BinaryIO | None,
+    broken: Broken,
     notify: Notify,
 ) -> TokenText:
     """The files' tokens, mapped into memory from a shard in `folder`, which is made if it is not there.
@@ -85,7 +86,7 @@ def sharded_text(
                 told = time.monotonic()
                 notify(f"{done:,} tokens so far")
 
-        return tokenize(read_pieces(names, text_key, stdin), tokenizer, counted)
+        return tokenize(read_pieces(names, text_key, stdin, broken), tokenizer, counted, broken)
 
     _write(path, lambda target: write_shard(target, tokenizer, fill))
     text, _ = read_shard(path)

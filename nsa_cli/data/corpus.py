@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from nsa_cli.data.cache import IN_MEMORY_BYTES, Notify, default_folder, sharded_text, text_size
 from nsa_cli.data.documents import Documents
 from nsa_cli.data.mixture import Mixture, Source
-from nsa_cli.data.reading import bad_input, expand, read_pieces, shown
+from nsa_cli.data.reading import Broken, bad_input, expand, read_pieces, shown
 from nsa_cli.data.shards import is_shard, read_shard
 from nsa_cli.data.text import TokenText, tokens_in_memory
 from nsa_cli.data.tokenizer import Tokenizer
@@ -32,6 +32,7 @@ class Corpus:
     train_bytes, val_bytes: bytes of text that they stand for. fingerprint: sha256 (hex) over the text, the tokenizer
     and, where windows keep documents apart, their ends. sources: every file read, in order, "-" for stdin.
     train_documents, val_documents: the same tokens as documents; None where there is one alone, or a plain stream.
+    notices: what of the input was passed over or repaired, lines for the user.
     """
 
     train: npt.NDArray[Any] | Source
@@ -43,6 +44,7 @@ class Corpus:
     tokenizer: Tokenizer
     train_documents: Documents | None = None
     val_documents: Documents | None = None
+    notices: tuple[str, ...] = ()
 
     @property
     def training(self) -> npt.NDArray[Any] | Source:
@@ -64,6 +66,7 @@ def load_corpus(
     text_key: str = "text",
     stdin: BinaryIO | None = None,
     pack: bool = True,
+    strict: bool = True,
     shards: Path | None = None,
     notify: Notify | None = None,
 ) -> Corpus:
@@ -84,6 +87,8 @@ def load_corpus(
     the tokens, and every text holds out a tail of its own.
 
     pack: each file and each record is a document, which no other sees (nsa_cli.data.documents); False: one stream.
+    strict: refuse broken input (a line of .jsonl without text, a damaged .gz, bytes that are not UTF-8 for a tokenizer that
+    needs it); False: pass it over or repair it, and say so in `notices`. With nothing else there it is refused all the same.
     shards: a folder for token shards. Text of more than IN_MEMORY_BYTES is never in memory whole: it is tokenized into a
     shard there, or in the user's cache. notify: told, in one line each, what takes long.
 
@@ -94,25 +99,31 @@ def load_corpus(
     another tokenizer.
     """
     names = expand(sources)
-    notify = notify or _nobody
+    notify, broken = notify or _nobody, Broken(strict=strict)
     texts: list[tuple[str, TokenText]] = []
     files = [name for name in names if name == "-" or not is_shard(name)]
     if files:
         label = shown(files[0]) if len(files) == 1 else f"{len(files)} files"
         if shards is None and text_size(files) <= IN_MEMORY_BYTES:
-            text = tokens_in_memory(read_pieces(files, text_key, stdin), tokenizer)
+            text = tokens_in_memory(read_pieces(files, text_key, stdin, broken), tokenizer, broken)
         else:
             folder = shards or default_folder()
-            text = sharded_text(files, tokenizer, folder=folder, text_key=text_key, stdin=stdin, notify=notify)
+            text = sharded_text(
+                files, tokenizer, folder=folder, text_key=text_key, stdin=stdin, broken=broken, notify=notify
+            )
         if not len(text.tokens):
             raise bad_input(f"no training data: {label}, nothing in it", "give a file with some text in it")
         texts.append((label, text))
     texts += [(name, _shard(name, tokenizer)) for name in names if name not in files]
+    notices = [f"{label}: {line}" if len(texts) > 1 else line for label, text in texts for line in text.facts.broken]
+    for line in notices:
+        if strict:
+            raise bad_input(line, "leave out --strict, or make the token shard again from sound text")
+        notify(line)
     parts = [_split(label, text, tokenizer, names, val_fraction, context, pack) for label, text in texts]
-    if len(parts) == 1:
-        return parts[0]
     weights = [float(len(part.train) - context) for part in parts]
-    return _mixed(parts, weights, names, tokenizer)
+    corpus = parts[0] if len(parts) == 1 else _mixed(parts, weights, names, tokenizer)
+    return replace(corpus, notices=tuple(notices))
 
 
 def shard_tokenizer(sources: Sequence[str]) -> Tokenizer | None:

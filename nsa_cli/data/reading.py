@@ -40,6 +40,38 @@ class Piece(NamedTuple):
     last: bool
 
 
+class Broken:
+    """Input that cannot be used: refused if strict, else passed over, counted by kind, and the first of a kind kept."""
+
+    def __init__(self, *, strict: bool) -> None:
+        self.strict = strict
+        self.found: dict[str, tuple[int, NsaError]] = {}
+
+    def add(self, kind: str, error: NsaError, count: int = 1) -> None:
+        """One more (or `count`) of `kind`, one of NO_TEXT, DAMAGED and NOT_UTF8; strict raises the error."""
+        if self.strict:
+            raise error
+        before, first = self.found.get(kind, (0, error))
+        self.found[kind] = (before + count, first)
+
+    def lines(self) -> tuple[str, ...]:
+        """A line for the user for each kind."""
+        return tuple(
+            f"{kind.format(count=f'{count:,}', s='' if count == 1 else 's')}; the first: {first.message} (--strict refuses this)"
+            for kind, (count, first) in self.found.items()
+        )
+
+    def refuse_nothing_left(self) -> None:
+        """Raise the first error, if there was one: nothing else is left."""
+        for _, error in self.found.values():
+            raise error
+
+
+NO_TEXT = "passed over {count} record{s} without text"
+DAMAGED = "kept what can be read of {count} damaged file{s}"
+NOT_UTF8 = "replaced {count} sequence{s} of bytes that cannot be UTF-8"
+
+
 def bad_input(message: str, hint: str) -> NsaError:
     """An NsaError with exit 3."""
     return NsaError(message, hint, ExitCode.BAD_INPUT)
@@ -65,15 +97,15 @@ def expand(sources: Sequence[str]) -> list[str]:
     return found
 
 
-def read_pieces(names: Iterable[str], text_key: str, stdin: BinaryIO | None) -> Iterator[Piece]:
+def read_pieces(names: Iterable[str], text_key: str, stdin: BinaryIO | None, broken: Broken) -> Iterator[Piece]:
     """The documents of the files, in order, each in pieces of about PIECE_BYTES that end after a line where they can.
 
     A newline is added to a document that does not end with one and has another behind it. Where a piece ends depends
-    on the text alone. NsaError (exit 3) for a file that cannot be read.
+    on the text alone. NsaError (exit 3) for a file that cannot be read. Damaged files and records without text: see Broken.
     """
     held: Piece | None = None
     for name in names:
-        for piece in _pieces(name, text_key, stdin):
+        for piece in _pieces(name, text_key, stdin, broken):
             if held is not None:
                 apart = held.last and held.text and not held.text.endswith(b"\n")
                 yield held._replace(text=held.text + b"\n") if apart else held
@@ -127,7 +159,7 @@ def _is_text_name(name: str) -> bool:
     return not name.startswith(".") and Path(stem).suffix in TEXT_SUFFIXES
 
 
-def _pieces(name: str, text_key: str, stdin: BinaryIO | None) -> Iterator[Piece]:
+def _pieces(name: str, text_key: str, stdin: BinaryIO | None, broken: Broken) -> Iterator[Piece]:
     if name == "-":
         yield from _text_pieces(name, stdin or sys.stdin.buffer)
         return
@@ -137,31 +169,36 @@ def _pieces(name: str, text_key: str, stdin: BinaryIO | None) -> Iterator[Piece]
             stream: Any = file
             if plain.endswith(".gz"):
                 plain = plain.removesuffix(".gz")
-                stream = _Unpacked(name, file)
-            yield from _records(name, stream, text_key) if plain.endswith(_RECORDS) else _text_pieces(name, stream)
+                stream = _Unpacked(name, file, broken)
+            if plain.endswith(_RECORDS):
+                yield from _records(name, stream, text_key, broken)
+            else:
+                yield from _text_pieces(name, stream)
     except OSError as error:
         hint = f"chmod u+r {name}" if isinstance(error, PermissionError) else "check that it is a readable file"
         raise bad_input(f"cannot read {name}: {error.strerror or error}", hint) from error
 
 
 class _Unpacked:
-    """The content of a gzip file; NsaError where it is damaged."""
+    """The content of a gzip file; a damaged one ends where it cannot be read any further."""
 
-    def __init__(self, name: str, file: BinaryIO) -> None:
-        self._name, self._inner = name, gzip.GzipFile(fileobj=file)
+    def __init__(self, name: str, file: BinaryIO, broken: Broken) -> None:
+        self._name, self._broken = name, broken
+        self._inner: gzip.GzipFile | None = gzip.GzipFile(fileobj=file)
 
     def read(self, size: int) -> bytes:
         """At most `size` bytes, b"" at the end."""
         data = bytearray()
-        while len(data) < size:
+        while self._inner is not None and len(data) < size:
             try:
                 block = self._inner.read1(min(size - len(data), _BLOCK_BYTES))
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 reason = "it ends too early" if isinstance(error, EOFError) else str(error)
                 hint = f"fetch it again; gzip -t {self._name} checks it"
-                raise bad_input(f"{self._name} is not a whole gzip file: {reason}", hint) from error
+                self._broken.add(DAMAGED, bad_input(f"{self._name} is not a whole gzip file: {reason}", hint))
+                block = b""
             if not block:
-                break
+                self._inner = None
             data += block
         return bytes(data)
 
@@ -187,10 +224,15 @@ def _cut(text: bytes) -> int:
     return end
 
 
-def _records(name: str, file: Any, text_key: str) -> Iterator[Piece]:
+def _records(name: str, file: Any, text_key: str, broken: Broken) -> Iterator[Piece]:
     for number, line in enumerate(_lines(file), 1):
         if line.strip():
-            yield Piece(name, _text_of(f"{name}, line {number}", line, text_key), 0, True)
+            try:
+                text = _text_of(f"{name}, line {number}", line, text_key)
+            except NsaError as error:
+                broken.add(NO_TEXT, error)
+            else:
+                yield Piece(name, text, 0, True)
 
 
 def _lines(file: Any) -> Iterator[bytes]:

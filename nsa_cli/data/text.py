@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nsa_cli.data.reading import Piece, shown
+from nsa_cli.data.reading import NOT_UTF8, Broken, Piece, shown
 from nsa_cli.data.tokenizer import Tokenizer
 from nsa_cli.errors import NsaError
 
@@ -41,22 +41,27 @@ class TokenText:
     facts: TextFacts
 
 
-def tokenize(pieces: Iterable[Piece], tokenizer: Tokenizer, write: Callable[[npt.NDArray[Any]], None]) -> TextFacts:
+def tokenize(
+    pieces: Iterable[Piece], tokenizer: Tokenizer, write: Callable[[npt.NDArray[Any]], None], broken: Broken
+) -> TextFacts:
     """The documents' tokens through `write`, each document by itself: no token reaches from one into the next.
 
-    A document of one token, which has nothing to predict, goes with its neighbour.
+    A document of one token, which has nothing to predict, goes with its neighbour. `broken` is the one that the pieces were
+    read with; where nothing but broken input came, its first error is raised.
     """
     digest = hashlib.sha256(json.dumps(tokenizer.to_dict(), sort_keys=True).encode())
     ends = array("q", [0])
     total = num_bytes = 0
     for piece in pieces:
-        digest.update(piece.text)
-        ids = _encode(tokenizer, piece)
+        text, ids = _encode(tokenizer, piece, broken)
+        digest.update(text)
         write(ids)
         total += len(ids)
-        num_bytes += len(piece.text)
+        num_bytes += len(text)
         if piece.last and total - ends[-1] >= 2:
             ends.append(total)
+    if total == 0:
+        broken.refuse_nothing_left()
     if len(ends) > 1:
         ends.pop()
     ends.append(total)
@@ -64,18 +69,29 @@ def tokenize(pieces: Iterable[Piece], tokenizer: Tokenizer, write: Callable[[npt
     fingerprint = digest.hexdigest()
     packed = hashlib.sha256(fingerprint.encode())
     packed.update(offsets.data)
-    return TextFacts(offsets, num_bytes, fingerprint, packed.hexdigest())
+    return TextFacts(offsets, num_bytes, fingerprint, packed.hexdigest(), broken.lines())
 
 
-def tokens_in_memory(pieces: Iterable[Piece], tokenizer: Tokenizer) -> TokenText:
+def tokens_in_memory(pieces: Iterable[Piece], tokenizer: Tokenizer, broken: Broken) -> TokenText:
     """`tokenize` into an array."""
     parts: list[npt.NDArray[Any]] = []
-    facts = tokenize(pieces, tokenizer, parts.append)
+    facts = tokenize(pieces, tokenizer, parts.append, broken)
     return TokenText(np.concatenate(parts) if parts else np.empty(0, np.uint8), facts)
 
 
-def _encode(tokenizer: Tokenizer, piece: Piece) -> npt.NDArray[Any]:
+def _encode(tokenizer: Tokenizer, piece: Piece, broken: Broken) -> tuple[bytes, npt.NDArray[Any]]:
+    """The piece's text and tokens; where the tokenizer wants UTF-8 and the text is not, U+FFFD replaces what is wrong."""
+    text = piece.text
     try:
-        return tokenizer.encode(piece.text)
+        return text, tokenizer.encode(text)
     except NsaError as error:
-        raise NsaError(f"{shown(piece.name)}: {error.message}", error.hint, error.exit_code) from error
+        try:
+            text.decode("utf-8")
+        except UnicodeDecodeError as wrong:
+            where = f"byte 0x{text[wrong.start]:02x} at offset {piece.offset + wrong.start}"
+            message = f"{shown(piece.name)}: {where} is not UTF-8, which the tokenizer needs"
+            repaired = text.decode("utf-8", errors="replace")
+            count = repaired.count("\ufffd") - text.count("\ufffd".encode())
+            broken.add(NOT_UTF8, NsaError(message, error.hint, error.exit_code), count)
+            return repaired.encode(), tokenizer.encode(repaired.encode())
+        raise
