@@ -1,7 +1,7 @@
 """From files to token windows: tokenizer, corpus and sampler. numpy only; torch is the model's business."""
 
 from nsa_cli.data.corpus import Corpus, load_corpus, shard_tokenizer
-from nsa_cli.data.documents import NO_TARGET, Documents, Windows
+from nsa_cli.data.documents import NO_TARGET, Documents, Windows, join_windows
 from nsa_cli.data.mixture import Mixture, Source
 from nsa_cli.data.sampler import step_draws, training_batch, validation_windows
 from nsa_cli.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer, tokenizer_from_dict
@@ -16,6 +16,7 @@ __all__ = [
     "Source",
     "Tokenizer",
     "Windows",
+    "join_windows",
     "load_corpus",
     "load_tokenizer",
     "shard_tokenizer",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,9 +14,10 @@ import numpy.typing as npt
 
 from nsa_cli.data.cache import IN_MEMORY_BYTES, Notify, default_folder, sharded_text, text_size
 from nsa_cli.data.documents import Documents
+from nsa_cli.data.groups import Group, parse_data
 from nsa_cli.data.mixture import Mixture, Source
-from nsa_cli.data.reading import Broken, bad_input, expand, read_pieces, shown
-from nsa_cli.data.shards import is_shard, read_shard
+from nsa_cli.data.reading import Broken, bad_input, read_pieces, shown
+from nsa_cli.data.shards import expect_random_access, is_shard, read_shard
 from nsa_cli.data.text import TokenText, tokens_in_memory
 from nsa_cli.data.tokenizer import Tokenizer
 
@@ -32,7 +33,8 @@ class Corpus:
     train_bytes, val_bytes: bytes of text that they stand for. fingerprint: sha256 (hex) over the text, the tokenizer
     and, where windows keep documents apart, their ends. sources: every file read, in order, "-" for stdin.
     train_documents, val_documents: the same tokens as documents; None where there is one alone, or a plain stream.
-    notices: what of the input was passed over or repaired, lines for the user.
+    notices: what of the input was passed over or repaired, lines for the user. weights: of the sources that validation tells
+    apart, by name.
     """
 
     train: npt.NDArray[Any] | Source
@@ -45,6 +47,7 @@ class Corpus:
     train_documents: Documents | None = None
     val_documents: Documents | None = None
     notices: tuple[str, ...] = ()
+    weights: Mapping[str, float] = field(default_factory=lambda: {"": 1.0})
 
     @property
     def training(self) -> npt.NDArray[Any] | Source:
@@ -74,9 +77,9 @@ def load_corpus(
 
     sources, in the order given:
       a file: its bytes; `.gz` is unpacked; of `.jsonl` and `.ndjson` the string under `text_key` of every line's
-      object; a folder: the files below it whose suffix is in TEXT_SUFFIXES (or that and .gz), sorted by path; names
-        that begin with a dot are skipped, as is `*.metrics.jsonl`, what nsa writes beside a checkpoint; links to folders
-        are not followed;
+        object, of `.parquet` (extra `data`) that column of every row;
+      a folder: the files below it whose suffix is in TEXT_SUFFIXES (or that and .gz), sorted by path; names that begin with
+        a dot are skipped, as is `*.metrics.jsonl`, what nsa writes beside a checkpoint; links to folders are not followed;
       a glob that the shell left as it is: its matches, sorted; `**` crosses folders;
       `-`: stdin, to its end;
       a token shard (nsa_cli.data.shards), known by its first bytes; a folder without text files is its `*.tokens`.
@@ -84,7 +87,8 @@ def load_corpus(
     files (or records) a newline is added where the first does not end with one.
 
     All files of text are one text. Where there are shards as well, or several, each text's windows come up by its share of
-    the tokens, and every text holds out a tail of its own.
+    the tokens. `SOURCE@WEIGHT`, for every source, makes a text of each, whose windows come up by weight. Every text holds
+    out a tail of its own.
 
     pack: each file and each record is a document, which no other sees (nsa_cli.data.documents); False: one stream.
     strict: refuse broken input (a line of .jsonl without text, a damaged .gz, bytes that are not UTF-8 for a tokenizer that
@@ -98,41 +102,54 @@ def load_corpus(
     Raises NsaError (exit 3): a source missing, unreadable, without text, damaged or not text; too few tokens; a shard of
     another tokenizer.
     """
-    names = expand(sources)
-    notify, broken = notify or _nobody, Broken(strict=strict)
-    texts: list[tuple[str, TokenText]] = []
-    files = [name for name in names if name == "-" or not is_shard(name)]
-    if files:
-        label = shown(files[0]) if len(files) == 1 else f"{len(files)} files"
-        if shards is None and text_size(files) <= IN_MEMORY_BYTES:
-            text = tokens_in_memory(read_pieces(files, text_key, stdin, broken), tokenizer, broken)
-        else:
-            folder = shards or default_folder()
-            text = sharded_text(
-                files, tokenizer, folder=folder, text_key=text_key, stdin=stdin, broken=broken, notify=notify
-            )
-        if not len(text.tokens):
-            raise bad_input(f"no training data: {label}, nothing in it", "give a file with some text in it")
-        texts.append((label, text))
-    texts += [(name, _shard(name, tokenizer)) for name in names if name not in files]
-    notices = [f"{label}: {line}" if len(texts) > 1 else line for label, text in texts for line in text.facts.broken]
+    groups = parse_data(sources)
+    notify = notify or _nobody
+    loaded: list[tuple[Group, str, TokenText]] = []
+    for group in groups:
+        files = [name for name in group.names if name == "-" or not is_shard(name)]
+        if files:
+            label = shown(files[0]) if len(files) == 1 else f"{len(files)} files"
+            text = _read_text(files, tokenizer, text_key, stdin, Broken(strict=strict), shards, notify)
+            if not len(text.tokens):
+                raise bad_input(f"no training data: {label}, nothing in it", "give a file with some text in it")
+            loaded.append((group, label, text))
+        loaded += [(group, name, _shard(name, tokenizer)) for name in group.names if name not in files]
+    notices = [f"{label}: {line}" if len(loaded) > 1 else line for _, label, text in loaded for line in text.facts.broken]
     for line in notices:
         if strict:
             raise bad_input(line, "leave out --strict, or make the token shard again from sound text")
         notify(line)
-    parts = [_split(label, text, tokenizer, names, val_fraction, context, pack) for label, text in texts]
-    weights = [float(len(part.train) - context) for part in parts]
-    corpus = parts[0] if len(parts) == 1 else _mixed(parts, weights, names, tokenizer)
+    names = [name for group in groups for name in group.names]
+    parts = [_split(label, text, tokenizer, names, val_fraction, context, pack) for _, label, text in loaded]
+    for _, _, text in loaded:
+        expect_random_access(text.tokens)
+    corpus = parts[0] if len(parts) == 1 else _mixed(parts, [group for group, _, _ in loaded], context)
     return replace(corpus, notices=tuple(notices))
 
 
 def shard_tokenizer(sources: Sequence[str]) -> Tokenizer | None:
     """The tokenizer of the first token shard among the sources; None where there is none."""
-    shard = next((name for name in expand(sources) if name != "-" and is_shard(name)), None)
+    names = (name for group in parse_data(sources) for name in group.names)
+    shard = next((name for name in names if name != "-" and is_shard(name)), None)
     return None if shard is None else read_shard(shard)[1]
 
 
 def _nobody(line: str) -> None: ...
+
+
+def _read_text(
+    files: list[str],
+    tokenizer: Tokenizer,
+    text_key: str,
+    stdin: BinaryIO | None,
+    broken: Broken,
+    shards: Path | None,
+    notify: Notify,
+) -> TokenText:
+    if shards is None and text_size(files) <= IN_MEMORY_BYTES:
+        return tokens_in_memory(read_pieces(files, text_key, stdin, broken), tokenizer, broken)
+    folder = shards or default_folder()
+    return sharded_text(files, tokenizer, folder=folder, text_key=text_key, stdin=stdin, broken=broken, notify=notify)
 
 
 def _shard(name: str, tokenizer: Tokenizer) -> TokenText:
@@ -170,9 +187,15 @@ def _count_bytes(tokenizer: Tokenizer, tokens: npt.NDArray[Any]) -> int:
     return sum(tokenizer.count_bytes(tokens[start : start + _COUNTED_AT_ONCE]) for start in starts)
 
 
-def _mixed(parts: Sequence[Corpus], weights: Sequence[float], names: list[str], tokenizer: Tokenizer) -> Corpus:
-    """Several texts as one corpus."""
-    train, val = (_mixture([side(part) for part in parts], weights) for side in (_training, _validation))
+def _mixed(parts: Sequence[Corpus], groups: Sequence[Group], context: int) -> Corpus:
+    """Several texts as one corpus: groups by weight, the texts of a group by size."""
+    sizes = [float(len(part.train) - context) for part in parts]
+    totals = {group.label: 0.0 for group in groups}
+    for group, size in zip(groups, sizes, strict=True):
+        totals[group.label] += size
+    weights = [group.weight * size / totals[group.label] for group, size in zip(groups, sizes, strict=True)]
+    labels = [group.label for group in groups]
+    train, val = (_mixture([side(part) for part in parts], weights, labels) for side in (_training, _validation))
     said = json.dumps([[part.fingerprint, weight] for part, weight in zip(parts, weights, strict=True)])
     return Corpus(
         train=train,
@@ -180,8 +203,9 @@ def _mixed(parts: Sequence[Corpus], weights: Sequence[float], names: list[str], 
         train_bytes=sum(part.train_bytes for part in parts),
         val_bytes=sum(part.val_bytes for part in parts),
         fingerprint=hashlib.sha256(said.encode()).hexdigest(),
-        sources=names,
-        tokenizer=tokenizer,
+        sources=parts[0].sources,
+        tokenizer=parts[0].tokenizer,
+        weights={group.label: group.weight for group in groups},
     )
 
 
@@ -193,8 +217,8 @@ def _validation(part: Corpus) -> npt.NDArray[Any] | Source:
     return part.validation
 
 
-def _mixture(sides: Sequence[npt.NDArray[Any] | Source], weights: Sequence[float]) -> Mixture:
-    return Mixture(tuple(_as_source(side) for side in sides), tuple(weights))
+def _mixture(sides: Sequence[npt.NDArray[Any] | Source], weights: Sequence[float], names: Sequence[str]) -> Mixture:
+    return Mixture(tuple(_as_source(side) for side in sides), tuple(weights), tuple(names))
 
 
 def _as_source(tokens: npt.NDArray[Any] | Source) -> Source:

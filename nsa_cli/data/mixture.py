@@ -31,10 +31,11 @@ class Source(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
-    """weights: of the parts, above 0; their sum is 1 to whoever asks."""
+    """weights: of the parts, above 0, relative to their sum. names: of the parts, in validation; "" is not told apart."""
 
     parts: tuple[Source, ...]
     weights: tuple[float, ...]
+    names: tuple[str, ...]
 
     def __len__(self) -> int:
         return sum(len(part) for part in self.parts)
@@ -61,9 +62,10 @@ class Mixture:
 
     def fixed_windows(self, *, context: int, max_tokens: int) -> Iterator[Windows]:
         """Each part's own windows, its share of max_tokens by weight, at least one."""
-        for part, weight in zip(self.parts, self.weights, strict=True):
-            share = int(max_tokens * weight / sum(self.weights))
-            yield from part.fixed_windows(context=context, max_tokens=share)
+        for part, weight, name in zip(self.parts, self.weights, self.names, strict=True):
+            share = round(max_tokens * weight / sum(self.weights))
+            for window in part.fixed_windows(context=context, max_tokens=share):
+                yield window._replace(source=name)
 
 
 def _uniform(draws: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:

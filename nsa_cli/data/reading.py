@@ -1,6 +1,6 @@
 """Files on the command line to documents: found, unpacked and read in pieces, so that no file is ever whole in memory.
 
-A document is a file, stdin, a line of `.jsonl`, or a row of `.parquet`.
+A document is a file, stdin, a line of `.jsonl`, or a row of `.parquet` (extra `data`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from nsa_cli.errors import ExitCode, NsaError
 
-_TEXT = "txt text md markdown rst org tex log csv tsv json jsonl ndjson xml html css yaml yml toml ini cfg"
+_TEXT = "txt text md markdown rst org tex log csv tsv json jsonl ndjson parquet xml html css yaml yml toml ini cfg"
 _CODE = "py pyi c h cc cpp hpp cu cuh rs go java kt js ts jsx tsx rb lua pl r jl hs ml swift sql sh"
 
 TEXT_SUFFIXES = frozenset("." + suffix for suffix in f"{_TEXT} {_CODE}".split(" "))
@@ -27,8 +27,10 @@ PIECE_BYTES = 1 << 22
 """Most bytes of a file in one piece, but for a line of .jsonl."""
 
 _RECORDS = (".jsonl", ".ndjson")
+_TABLE = ".parquet"
 _OWN_OUTPUT = ".metrics.jsonl"
 _BLOCK_BYTES = 1 << 16
+_ROWS = 256
 
 
 class Piece(NamedTuple):
@@ -82,12 +84,13 @@ def shown(name: str) -> str:
     return "stdin" if name == "-" else name
 
 
-def expand(sources: Sequence[str]) -> list[str]:
-    """Every file to read, once, in order; NsaError (exit 3) for a source that is not there."""
+def expand(sources: Sequence[str], seen: set[str] | None = None) -> list[str]:
+    """Every file to read, once, in order; NsaError (exit 3) for a source that is not there. seen: files to leave out, added
+    to."""
     if not sources:
         raise bad_input("no training data", "name a file, a folder, or - for stdin")
     found: list[str] = []
-    seen: set[str] = set()
+    seen = set() if seen is None else seen
     for source in sources:
         for name in _files(source):
             key = name if name == "-" else os.path.realpath(name)
@@ -167,6 +170,9 @@ def _pieces(name: str, text_key: str, stdin: BinaryIO | None, broken: Broken) ->
     try:
         with Path(name).open("rb") as file:
             stream: Any = file
+            if plain.endswith(_TABLE):
+                yield from _rows(name, text_key, broken)
+                return
             if plain.endswith(".gz"):
                 plain = plain.removesuffix(".gz")
                 stream = _Unpacked(name, file, broken)
@@ -259,3 +265,31 @@ def _text_of(where: str, line: bytes, text_key: str) -> bytes:
     # A lone surrogate is legal JSON, and not a character.
     text: str = record[text_key]
     return text.encode("utf-8", errors="replace")
+
+
+def _rows(name: str, text_key: str, broken: Broken) -> Iterator[Piece]:
+    """The texts of a column of a .parquet file, a document a row; of the file, some rows are in memory at once."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        message = f"{name}: a .parquet file needs the pyarrow package, which is not installed"
+        raise NsaError(message, "pip install 'nsa-cli[data]'", ExitCode.FAILURE) from error
+    row = 0
+    try:
+        with parquet.ParquetFile(name) as table:
+            columns = table.schema_arrow.names
+            if text_key not in columns:
+                hint = f"--text-key names the text's column; this file has {', '.join(columns[:8]) or 'none'}"
+                raise bad_input(f"{name}: no column {text_key!r}", hint)
+            for batch in table.iter_batches(batch_size=_ROWS, columns=[text_key]):
+                for value in batch.column(0).to_pylist():
+                    row += 1
+                    if isinstance(value, (str, bytes)):
+                        yield Piece(name, value.encode("utf-8", "replace") if isinstance(value, str) else value, 0, True)
+                    else:
+                        what = "is null" if value is None else f"is {type(value).__name__}, not text"
+                        hint = "--text-key names the text's column"
+                        broken.add(NO_TEXT, bad_input(f"{name}, row {row}: {text_key!r} {what}", hint))
+    except ArrowException as error:
+        reason = " ".join(str(error).split())[:200]
+        raise bad_input(f"{name} is not a parquet file that can be read: {reason}", "fetch or write it again") from error

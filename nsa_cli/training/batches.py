@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nsa_cli.config import ModelConfig, TrainConfig
-from nsa_cli.data import NO_TARGET, Corpus, Source, Windows, step_draws, training_batch, validation_windows
+from nsa_cli.data import NO_TARGET, Corpus, Source, Windows, join_windows, step_draws, training_batch, validation_windows
 from nsa_cli.errors import ExitCode, NsaError
 from nsa_cli.training.device import to_device
 
@@ -55,12 +55,14 @@ class Batch(NamedTuple):
 
     inputs, targets: int64 [b, t], or [1, b * t] where documents meet inside windows; targets are NO_TARGET where nothing is
     to be predicted. share: of the step, by targets. cu_seqlens: int32 [documents + 1], where the documents begin, or None.
+    source: the windows'.
     """
 
     inputs: Tensor
     targets: Tensor
     share: float
     cu_seqlens: Tensor | None = None
+    source: str = ""
 
 
 def refuse_packing(corpus: Corpus, config: TrainConfig) -> None:
@@ -95,17 +97,16 @@ def training_batches(
 def validation_batches(
     source: npt.NDArray[Any] | Source, plan: BatchPlan, *, context: int, max_tokens: int, device: torch.device
 ) -> Iterator[Batch]:
-    """The fixed validation windows, at most a micro-batch's number at once; each batch a share of 1."""
+    """The fixed validation windows, at most a micro-batch's number at once and of one source; each batch a share of 1."""
     singles: Iterator[Windows]
     if isinstance(source, np.ndarray):
         pairs = validation_windows(source, context=context, max_tokens=max_tokens)
         singles = (Windows(inputs[None], targets[None]) for inputs, targets in pairs)
     else:
         singles = source.fixed_windows(context=context, max_tokens=max_tokens)
-    while group := list(islice(singles, plan.micro)):
-        inputs, targets = (np.concatenate(side) for side in list(zip(*group, strict=True))[:2])
-        begins = None if group[0].begins is None else np.concatenate([each.begins for each in group if each.begins is not None])
-        yield _to_batch(Windows(inputs, targets, begins), slice(None), 1.0, device)
+    for _, same in groupby(singles, key=lambda window: window.source):
+        while group := list(islice(same, plan.micro)):
+            yield _to_batch(join_windows(group), slice(None), 1.0, device)
 
 
 def _to_batch(windows: Windows, part: slice, share: float, device: torch.device) -> Batch:
@@ -113,7 +114,7 @@ def _to_batch(windows: Windows, part: slice, share: float, device: torch.device)
     inputs, targets = windows.inputs[part], windows.targets[part]
     begins = None if windows.begins is None else windows.begins[part]
     if begins is None or not begins[:, 1:].any():
-        return Batch(to_device(inputs, device), to_device(targets, device), share)
+        return Batch(to_device(inputs, device), to_device(targets, device), share, None, windows.source)
     cu_seqlens = np.append(np.flatnonzero(begins), begins.size).astype(np.int32)
     x, y = to_device(inputs.reshape(1, -1), device), to_device(targets.reshape(1, -1), device)
-    return Batch(x, y, share, to_device(cu_seqlens, device))
+    return Batch(x, y, share, to_device(cu_seqlens, device), windows.source)

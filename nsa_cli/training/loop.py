@@ -212,7 +212,7 @@ class _Run:
         batches = training_batches(train, self.plan, seed=seed, step=step, context=self.context, device=self.device)
         if self.captured is not None:
             self.captured.begin()
-        for inputs, targets, share, cu_seqlens in batches:
+        for inputs, targets, share, cu_seqlens, _ in batches:
             if self.captured is not None:
                 total += self.captured(inputs, targets, share)
                 continue
@@ -276,15 +276,19 @@ class _Run:
             corpus.validation, self.plan, context=self.context, max_tokens=self.config.eval_tokens, device=self.device
         )
         with evaluating(self.model):
-            loss = validation_loss(self.forward, batches, autocast=self.autocast, interruption=interruption)
-            if loss is None:
+            found = validation_loss(
+                self.forward, batches, autocast=self.autocast, interruption=interruption, weights=corpus.weights
+            )
+            if found is None:
                 return None
             if self.sampler_hook is not None:
                 self.sampler_hook(self.model, progress.step)
+        loss = found.loss
         progress.val_loss = loss if math.isfinite(loss) else None
         if progress.val_loss is not None and (progress.best_val_loss is None or loss < progress.best_val_loss):
             progress.best_val_loss, progress.best_step = loss, progress.step
-        return {"val_loss": loss, "val_bits_per_byte": bits_per_byte(loss, len(corpus.val), corpus.val_bytes)}
+        line = {"val_loss": loss, "val_bits_per_byte": bits_per_byte(loss, len(corpus.val), corpus.val_bytes)}
+        return line | ({"val_losses": found.by_source} if found.by_source else {})
 
     def save(self) -> None:
         """All files of this step; a diverged run is not saved over a good one."""

@@ -7,8 +7,8 @@ A resumed run adds {"event": "resume", "from_step", and the same description of 
 A step's line: step, loss (nats per token, the mean over the step's batch, before its update), bits_per_byte, lr,
 grad_norm (before clipping), skipped (updates left out so far because loss or gradient was not finite), tokens_per_s
 (since the line before, validation and saving not counted), elapsed_s (of the run, resumed parts added up); for sparse
-models gates, per layer the means of [cmp, slc, win]; after a validation val_loss and val_bits_per_byte. A number that
-is not finite is null: JSON has no NaN.
+models gates, per layer the means of [cmp, slc, win]; after a validation val_loss and val_bits_per_byte, and for data with
+weights val_losses, by source. A number that is not finite is null: JSON has no NaN.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,27 +28,38 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             model.train(was_training)
 
 
+@dataclass(frozen=True)
+class Validation:
+    """What a validation found. loss: nats per target. by_source: the same for each part of a mixture, by name."""
+
+    loss: float
+    by_source: dict[str, float]
+
+
 def validation_loss(
     forward: Callable[..., Tensor],
     batches: Iterator[Batch],
     *,
     autocast: Callable[[], AbstractContextManager[Any]],
     interruption: Interruption,
-) -> float | None:
-    """Mean cross-entropy in nats per target over the batches; None if a signal came before the last.
+    weights: Mapping[str, float],
+) -> Validation | None:
+    """Mean cross-entropy over the targets of each source, and the mean of these by weight; None if a signal came before the
+    last batch.
 
     Call inside `evaluating`. Sums stay on the device in float64; the host waits once, at the end.
     """
-    total: Tensor | None = None
-    count: Tensor | None = None
-    for inputs, targets, _, cu_seqlens in batches:
+    totals: dict[str, Tensor] = {}
+    for inputs, targets, _, cu_seqlens, source in batches:
         if interruption:
             return None
         predicted = (targets != NO_TARGET).sum()
         with autocast():
             loss = forward(inputs, targets, cu_seqlens).double() * predicted
-        total = loss if total is None else total + loss
-        count = predicted if count is None else count + predicted
-    assert total is not None, "a corpus without validation text is not validated"
-    assert count is not None
-    return float((total / count).item())
+        sums = torch.stack((loss, predicted.double()))
+        totals[source] = totals[source] + sums if source in totals else sums
+    assert totals, "a corpus without validation text is not validated"
+    by_source = {source: float((total[0] / total[1]).item()) for source, total in totals.items()}
+    whole = sum(weights[source] for source in by_source)
+    loss_by_weight = sum(weights[source] / whole * loss for source, loss in by_source.items())
+    return Validation(loss_by_weight, by_source if len(by_source) > 1 else {})
