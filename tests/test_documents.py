@@ -46,7 +46,7 @@ def test_a_window_says_where_documents_begin_and_never_predicts_across(sizes: li
     of_token = np.searchsorted(offsets, np.arange(total), side="right")
     documents = Documents(np.arange(total, dtype=np.uint32), offsets, start, total)
     draws = np.array(data.draw(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=5)), dtype=np.uint64)
-    inputs, targets, begins, _ = documents.windows(draws, context=context)
+    inputs, targets, begins, *_ = documents.windows(draws, context=context)
     assert begins is not None
     assert inputs.dtype == targets.dtype == np.int64
     assert inputs.shape == targets.shape == begins.shape == (len(draws), context)

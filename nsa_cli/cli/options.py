@@ -205,7 +205,8 @@ Compile = Annotated[bool | None, _field(_flag, "--compile/--no-compile", "Run th
 Data = Annotated[
     list[str],
     typer.Argument(
-        help="Files, folders, globs, .gz, .jsonl, .parquet, token shards, or - for stdin; with weights: web.txt@0.7 code/@0.3.",
+        help="Files, folders, globs, .gz, .jsonl, .parquet, token shards, - for stdin, or a task (synthetic:passkey, "
+        "synthetic:mqar, synthetic:copying); with weights: web.txt@0.7 code/@0.3.",
         metavar="DATA",
         show_default=False,
     ),

@@ -132,7 +132,9 @@ class TrainingReporter:
         kernel = f", kernel {info['kernel']}" if kind == "sparse" else ""
         where = f"{info['device']}, {info['dtype']}{kernel}"
         self._messages.notice(f"{kind} model of {parameters['total']:,} parameters{compression} on {where}")
-        tokens = f"{data['train_tokens']:,} tokens to train on, {data['val_tokens']:,} held out"
+        tokens = "a task without end to train on"
+        if data["train_tokens"] is not None:
+            tokens = f"{data['train_tokens']:,} tokens to train on, {data['val_tokens'] or 0:,} held out"
         resumed = f"; going on from step {info['from_step']}" if "from_step" in info else ""
         self._messages.notice(tokens + resumed)
 
@@ -199,6 +201,7 @@ _LINE_PARTS = (
     ("loss", "loss", ".4f"),
     ("bits/byte", "bits_per_byte", ".3f"),
     ("val", "val_loss", ".4f"),
+    ("val accuracy", "val_accuracy", ".1%"),
     ("val bits/byte", "val_bits_per_byte", ".3f"),
     ("lr", "lr", ".2e"),
     ("grad", "grad_norm", ".2f"),

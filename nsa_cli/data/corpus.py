@@ -18,6 +18,7 @@ from nsa_cli.data.groups import Group, parse_data
 from nsa_cli.data.mixture import Mixture, Source
 from nsa_cli.data.reading import Broken, bad_input, read_pieces, shown
 from nsa_cli.data.shards import expect_random_access, is_shard, read_shard
+from nsa_cli.data.synthetic import Synthetic, make_synthetic
 from nsa_cli.data.text import TokenText, tokens_in_memory
 from nsa_cli.data.tokenizer import Tokenizer
 
@@ -48,6 +49,16 @@ class Corpus:
     val_documents: Documents | None = None
     notices: tuple[str, ...] = ()
     weights: Mapping[str, float] = field(default_factory=lambda: {"": 1.0})
+
+    @property
+    def train_tokens(self) -> int | None:
+        """How many there are; None: as many as are asked for."""
+        return _tokens(self.train)
+
+    @property
+    def val_tokens(self) -> int | None:
+        """How many there are; None: as many as are asked for."""
+        return _tokens(self.val)
 
     @property
     def training(self) -> npt.NDArray[Any] | Source:
@@ -82,6 +93,7 @@ def load_corpus(
         a dot are skipped, as is `*.metrics.jsonl`, what nsa writes beside a checkpoint; links to folders are not followed;
       a glob that the shell left as it is: its matches, sorted; `**` crosses folders;
       `-`: stdin, to its end;
+      `synthetic:NAME,...`, a task (nsa_cli.data.synthetic), alone or with a weight;
       a token shard (nsa_cli.data.shards), known by its first bytes; a folder without text files is its `*.tokens`.
     A file reached twice is read once: its copy in the held-out tail would be validation on training data. Between two
     files (or records) a newline is added where the first does not end with one.
@@ -105,7 +117,12 @@ def load_corpus(
     groups = parse_data(sources)
     notify = notify or _nobody
     loaded: list[tuple[Group, str, TokenText]] = []
+    made: list[tuple[Group, Corpus]] = []
     for group in groups:
+        if group.task:
+            source = make_synthetic(group.task, tokenizer, context=context, pack=pack)
+            made.append((group, _synthetic(source, group.names, val_fraction)))
+            continue
         files = [name for name in group.names if name == "-" or not is_shard(name)]
         if files:
             label = shown(files[0]) if len(files) == 1 else f"{len(files)} files"
@@ -123,13 +140,15 @@ def load_corpus(
     parts = [_split(label, text, tokenizer, names, val_fraction, context, pack) for _, label, text in loaded]
     for _, _, text in loaded:
         expect_random_access(text.tokens)
-    corpus = parts[0] if len(parts) == 1 else _mixed(parts, [group for group, _, _ in loaded], context)
+    parts += [corpus for _, corpus in made]
+    members = [group for group, *_ in loaded] + [group for group, _ in made]
+    corpus = parts[0] if len(parts) == 1 else _mixed(parts, members, names, context)
     return replace(corpus, notices=tuple(notices))
 
 
 def shard_tokenizer(sources: Sequence[str]) -> Tokenizer | None:
     """The tokenizer of the first token shard among the sources; None where there is none."""
-    names = (name for group in parse_data(sources) for name in group.names)
+    names = (name for group in parse_data(sources) if not group.task for name in group.names)
     shard = next((name for name in names if name != "-" and is_shard(name)), None)
     return None if shard is None else read_shard(shard)[1]
 
@@ -182,14 +201,21 @@ def _split(
     )
 
 
+def _synthetic(source: Synthetic, names: list[str], val_fraction: float) -> Corpus:
+    """A task; val_fraction 0 leaves it without validation, any other with a whole one."""
+    nothing: npt.NDArray[Any] = np.empty(0, np.uint8)
+    val = source if val_fraction > 0 else nothing
+    return Corpus(source, val, 0, 0, source.fingerprint, names, source.tokenizer)
+
+
 def _count_bytes(tokenizer: Tokenizer, tokens: npt.NDArray[Any]) -> int:
     starts = range(0, len(tokens), _COUNTED_AT_ONCE)
     return sum(tokenizer.count_bytes(tokens[start : start + _COUNTED_AT_ONCE]) for start in starts)
 
 
-def _mixed(parts: Sequence[Corpus], groups: Sequence[Group], context: int) -> Corpus:
+def _mixed(parts: Sequence[Corpus], groups: Sequence[Group], names: list[str], context: int) -> Corpus:
     """Several texts as one corpus: groups by weight, the texts of a group by size."""
-    sizes = [float(len(part.train) - context) for part in parts]
+    sizes = [float(max(len(part.train) - context, 1)) for part in parts]
     totals = {group.label: 0.0 for group in groups}
     for group, size in zip(groups, sizes, strict=True):
         totals[group.label] += size
@@ -200,13 +226,18 @@ def _mixed(parts: Sequence[Corpus], groups: Sequence[Group], context: int) -> Co
     return Corpus(
         train=train,
         val=val,
-        train_bytes=sum(part.train_bytes for part in parts),
-        val_bytes=sum(part.val_bytes for part in parts),
+        # Bits per byte mean nothing where some windows are made of no text.
+        train_bytes=0 if train.endless else sum(part.train_bytes for part in parts),
+        val_bytes=0 if val.endless else sum(part.val_bytes for part in parts),
         fingerprint=hashlib.sha256(said.encode()).hexdigest(),
-        sources=parts[0].sources,
+        sources=names,
         tokenizer=parts[0].tokenizer,
         weights={group.label: group.weight for group in groups},
     )
+
+
+def _tokens(side: npt.NDArray[Any] | Source) -> int | None:
+    return len(side) if isinstance(side, np.ndarray) or not side.endless else None
 
 
 def _training(part: Corpus) -> npt.NDArray[Any] | Source:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,20 +20,21 @@ class Windows(NamedTuple):
 
     inputs: int64 [n, t]. targets: int64 [n, t], NO_TARGET where nothing is to be predicted. begins: bool [n, t], whether a
     document begins with the token (a window's first one is always taken to), or None: one document a window. source: the part of
-    a mixture that they are of, "" where that is not told apart.
+    a mixture that they are of, "" where that is not told apart. graded: whether the targets are answers, right or wrong.
     """
 
     inputs: npt.NDArray[np.int64]
     targets: npt.NDArray[np.int64]
     begins: npt.NDArray[np.bool_] | None = None
     source: str = ""
+    graded: bool = False
 
 
 def join_windows(parts: Sequence[Windows]) -> Windows:
     """Windows of one source and length, one after another."""
     inputs, targets = (np.concatenate([part[side] for part in parts]) for side in (0, 1))
     begins = [part.begins for part in parts if part.begins is not None]
-    return Windows(inputs, targets, np.concatenate(begins) if begins else None, parts[0].source)
+    return Windows(inputs, targets, np.concatenate(begins) if begins else None, parts[0].source, parts[0].graded)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +48,8 @@ class Documents:
     offsets: npt.NDArray[np.int64]
     start: int
     stop: int
+
+    endless: ClassVar[bool] = False
 
     def __len__(self) -> int:
         return self.stop - self.start

@@ -9,16 +9,19 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from nsa_cli.data.reading import bad_input, expand
+from nsa_cli.data.synthetic import PREFIX
 
 _WEIGHTED = re.compile(r"(.+)@([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)")
 
 
 class Group(NamedTuple):
-    """Files whose windows come up together. label: as the user wrote it, without the weight; "" for all of DATA."""
+    """Files whose windows come up together. label: as the user wrote it, without the weight; "" for all of DATA.
+    task: the synthetic task that it is instead of files."""
 
     label: str
     weight: float
     names: list[str]
+    task: str = ""
 
 
 def parse_data(sources: Sequence[str]) -> list[Group]:
@@ -29,16 +32,28 @@ def parse_data(sources: Sequence[str]) -> list[Group]:
     """
     pairs = [_weighted(source) for source in sources]
     if all(weight is None for _, weight in pairs):
-        return [Group("", 1.0, expand(sources))]
+        task = next((source for source in sources if _is_task(source)), None)
+        if task is None:
+            return [Group("", 1.0, expand(sources))]
+        if len(sources) > 1:
+            raise bad_input(f"{task} has no size that other DATA could be drawn beside", f"give every DATA a weight: {task}@0.5")
+        return [Group("", 1.0, [task], task)]
     if bare := next((source for source, weight in pairs if weight is None), None):
         raise bad_input(f"{bare} has no weight, and other DATA has", f"give every DATA one: {bare}@0.5")
     found, seen = [], set[str]()
     for source, weight in pairs:
+        if _is_task(source):
+            found.append(Group(source, weight or 0.0, [source], source))
+            continue
         names = expand([source], seen)
         if not names:
             raise bad_input(f"{source} names only files that other DATA has named", "a file has one weight: name it once")
         found.append(Group(source, weight or 0.0, names))
     return found
+
+
+def _is_task(source: str) -> bool:
+    return source.startswith(PREFIX) and not os.path.lexists(source)
 
 
 def _weighted(source: str) -> tuple[str, float | None]:

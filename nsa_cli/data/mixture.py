@@ -22,6 +22,10 @@ class Source(Protocol):
     def packed(self) -> bool:
         """Whether documents may begin inside windows."""
 
+    @property
+    def endless(self) -> bool:
+        """Whether windows are made rather than cut from tokens."""
+
     def windows(self, draws: npt.NDArray[np.uint64], *, context: int) -> Windows:
         """A window for each draw."""
 
@@ -43,6 +47,10 @@ class Mixture:
     @property
     def packed(self) -> bool:
         return any(part.packed for part in self.parts)
+
+    @property
+    def endless(self) -> bool:
+        return any(part.endless for part in self.parts)
 
     def windows(self, draws: npt.NDArray[np.uint64], *, context: int) -> Windows:
         """A window for each draw, from the part that a hash of the draw chooses."""

@@ -55,7 +55,7 @@ class Batch(NamedTuple):
 
     inputs, targets: int64 [b, t], or [1, b * t] where documents meet inside windows; targets are NO_TARGET where nothing is
     to be predicted. share: of the step, by targets. cu_seqlens: int32 [documents + 1], where the documents begin, or None.
-    source: the windows'.
+    source, graded: the windows'.
     """
 
     inputs: Tensor
@@ -63,6 +63,7 @@ class Batch(NamedTuple):
     share: float
     cu_seqlens: Tensor | None = None
     source: str = ""
+    graded: bool = False
 
 
 def refuse_packing(corpus: Corpus, config: TrainConfig) -> None:
@@ -114,7 +115,7 @@ def _to_batch(windows: Windows, part: slice, share: float, device: torch.device)
     inputs, targets = windows.inputs[part], windows.targets[part]
     begins = None if windows.begins is None else windows.begins[part]
     if begins is None or not begins[:, 1:].any():
-        return Batch(to_device(inputs, device), to_device(targets, device), share, None, windows.source)
+        return Batch(to_device(inputs, device), to_device(targets, device), share, None, windows.source, windows.graded)
     cu_seqlens = np.append(np.flatnonzero(begins), begins.size).astype(np.int32)
     x, y = to_device(inputs.reshape(1, -1), device), to_device(targets.reshape(1, -1), device)
-    return Batch(x, y, share, to_device(cu_seqlens, device), windows.source)
+    return Batch(x, y, share, to_device(cu_seqlens, device), windows.source, windows.graded)

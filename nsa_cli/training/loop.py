@@ -194,7 +194,7 @@ class _Run:
         self.clock.count(self.plan.windows * self.context)
         if self.device.type == "cpu":
             self.files.guard.check()  # costs nothing where nothing runs ahead
-        validate = self.due(step, self.config.eval_every) and len(self.corpus.val) > 0
+        validate = self.due(step, self.config.eval_every) and self.corpus.val_tokens != 0
         log = validate or step in (1, self.config.steps) or step % self.config.log_every == 0
         line = finite(self.measured(step, loss, norm, lr)) if log else None
         if validate:
@@ -212,7 +212,7 @@ class _Run:
         batches = training_batches(train, self.plan, seed=seed, step=step, context=self.context, device=self.device)
         if self.captured is not None:
             self.captured.begin()
-        for inputs, targets, share, cu_seqlens, _ in batches:
+        for inputs, targets, share, cu_seqlens, *_ in batches:
             if self.captured is not None:
                 total += self.captured(inputs, targets, share)
                 continue
@@ -288,7 +288,7 @@ class _Run:
         if progress.val_loss is not None and (progress.best_val_loss is None or loss < progress.best_val_loss):
             progress.best_val_loss, progress.best_step = loss, progress.step
         line = {"val_loss": loss, "val_bits_per_byte": bits_per_byte(loss, len(corpus.val), corpus.val_bytes)}
-        return line | ({"val_losses": found.by_source} if found.by_source else {})
+        return line | found.details()
 
     def save(self) -> None:
         """All files of this step; a diverged run is not saved over a good one."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from nsa_cli.data import NO_TARGET
 from nsa_cli.training.batches import Batch
@@ -30,10 +31,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Validation:
-    """What a validation found. loss: nats per target. by_source: the same for each part of a mixture, by name."""
+    """What a validation found. loss: nats per target. accuracy: the share of answers that are right, None without tasks.
+    losses, accuracies: the same for each part of a mixture, by name; empty for a single source."""
 
     loss: float
-    by_source: dict[str, float]
+    accuracy: float | None
+    losses: dict[str, float]
+    accuracies: dict[str, float]
+
+    def details(self) -> dict[str, Any]:
+        """What a metrics line says besides the loss."""
+        line: dict[str, Any] = {} if self.accuracy is None else {"val_accuracy": self.accuracy}
+        return line | {f"val_{key}": value for key in ("losses", "accuracies") if (value := getattr(self, key))}
 
 
 def validation_loss(
@@ -47,19 +56,33 @@ def validation_loss(
     """Mean cross-entropy over the targets of each source, and the mean of these by weight; None if a signal came before the
     last batch.
 
-    Call inside `evaluating`. Sums stay on the device in float64; the host waits once, at the end.
+    Call inside `evaluating`. Sums stay on the device in float64; the host waits once a source, at the end.
     """
     totals: dict[str, Tensor] = {}
-    for inputs, targets, _, cu_seqlens, source in batches:
+    graded: set[str] = set()
+    for batch in batches:
         if interruption:
             return None
-        predicted = (targets != NO_TARGET).sum()
+        predicted = (batch.targets != NO_TARGET).sum()
+        right = torch.zeros_like(predicted)
         with autocast():
-            loss = forward(inputs, targets, cu_seqlens).double() * predicted
-        sums = torch.stack((loss, predicted.double()))
-        totals[source] = totals[source] + sums if source in totals else sums
+            if batch.graded:
+                logits = forward(batch.inputs, None, batch.cu_seqlens)
+                loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=NO_TARGET)
+                right = (logits.argmax(-1) == batch.targets).sum()
+                graded.add(batch.source)
+            else:
+                loss = forward(batch.inputs, batch.targets, batch.cu_seqlens)
+        sums = torch.stack((loss.double() * predicted, predicted.double(), right.double()))
+        totals[batch.source] = totals[batch.source] + sums if batch.source in totals else sums
     assert totals, "a corpus without validation text is not validated"
-    by_source = {source: float((total[0] / total[1]).item()) for source, total in totals.items()}
-    whole = sum(weights[source] for source in by_source)
-    loss_by_weight = sum(weights[source] / whole * loss for source, loss in by_source.items())
-    return Validation(loss_by_weight, by_source if len(by_source) > 1 else {})
+    read = {source: total.tolist() for source, total in totals.items()}
+    losses = {source: total / count for source, (total, count, _) in read.items()}
+    accuracies = {source: read[source][2] / read[source][1] for source in losses if source in graded}
+    whole, several = sum(weights[source] for source in losses), len(losses) > 1
+    return Validation(
+        loss=sum(weights[source] / whole * loss for source, loss in losses.items()),
+        accuracy=sum(accuracies.values()) / len(accuracies) if accuracies else None,
+        losses=losses if several else {},
+        accuracies=accuracies if several else {},
+    )
