@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from nsa_cli.cli.app import run as command
 from nsa_cli.data import NO_TARGET, ByteTokenizer, Documents, load_corpus
+from nsa_cli.data.synthetic import make_synthetic
 from nsa_cli.errors import ExitCode, NsaError
 from nsa_cli.model import build_model
 from nsa_cli.training import batches
@@ -160,7 +161,7 @@ def test_files_and_lines_are_documents_and_no_pack_is_one_stream(tmp_path: Path)
     lines = [json.dumps({"text": text}) for text in ("one", "two lines\nof it", "", "x")]
     (tmp_path / "b.jsonl").write_text("\n".join(lines))
     (tmp_path / "c.txt").write_text("y")
-    packed, plain = (load_corpus([str(tmp_path)], ByteTokenizer(), val_fraction=0, context=1, pack=on) for on in (True, False))
+    packed, plain = (load_corpus([str(tmp_path)], ByteTokenizer(), val_fraction=0, context=2, pack=on) for on in (True, False))
     assert isinstance(packed.training, Documents)
     parts = [bytes(part) for part in np.split(packed.train, packed.training.offsets[1:-1])]
     # The last document is one token, which has nothing to predict, and stays with its neighbour.
@@ -208,6 +209,57 @@ def test_the_loss_of_a_packed_step_is_its_own_whatever_the_sampler_is_asked_befo
     assert step(4) != third
     assert step(3) == third
     assert sum(batch[2] for batch in third) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3, 7])
+def test_replicas_share_a_step_and_a_validation_out(tmp_path: Path, replicas: int) -> None:
+    corpus = documents_corpus(tmp_path)
+    plan = batches.BatchPlan(windows=5, micro=2)
+    options: dict[str, Any] = {"context": CONTEXT, "device": CPU}
+
+    def rows(parts: list[batches.Batch]) -> list[list[int]]:
+        return [row for part in parts if part.share for row in part.inputs.reshape(-1, CONTEXT).tolist()]
+
+    def step(replica: int, count: int) -> list[batches.Batch]:
+        return list(batches.training_batches(corpus.training, plan, seed=1, step=1, replica=replica, replicas=count, **options))
+
+    def validation(replica: int, count: int) -> list[batches.Batch]:
+        source = corpus.validation
+        return list(batches.validation_batches(source, plan, max_tokens=10**6, replica=replica, replicas=count, **options))
+
+    for share_out in (step, validation):
+        shares = [share_out(replica, replicas) for replica in range(replicas)]
+        assert len({len(share) for share in shares}) == 1, "each micro-batch may be a meeting of all"
+        assert sorted(row for share in shares for row in rows(share)) == sorted(rows(share_out(0, 1)))
+        assert all((part.targets != NO_TARGET).any() for share in shares for part in share)
+    assert sum(part.share for replica in range(replicas) for part in step(replica, replicas)) == pytest.approx(1.0)
+
+
+def test_the_windows_of_a_step_can_be_found_again_in_the_data(tmp_path: Path) -> None:
+    packed, plan = documents_corpus(tmp_path), batches.BatchPlan(windows=5, micro=5)
+    for corpus in (packed, documents_corpus(tmp_path, pack=False)):
+        places = batches.window_places(corpus.training, plan, seed=1, step=3, context=CONTEXT)
+        (batch,) = batches.training_batches(corpus.training, plan, seed=1, step=3, context=CONTEXT, device=CPU)
+        assert isinstance(corpus.train, np.ndarray)
+        found = [corpus.train[place : place + CONTEXT].tolist() for place in places if isinstance(place, int)]
+        assert found == batch.inputs.reshape(-1, CONTEXT).tolist()
+    (tmp_path / "a.txt").write_text("a" * 500)
+    names = [f"{tmp_path}/a.txt@0.5", f"{tmp_path}/text.jsonl@0.3", "synthetic:mqar,pairs=2@0.2"]
+    mixed = load_corpus(names, ByteTokenizer(), val_fraction=0.2, context=CONTEXT)
+    plan = batches.BatchPlan(windows=40, micro=40)
+    places = batches.window_places(mixed.training, plan, seed=1, step=3, context=CONTEXT)
+    (batch,) = batches.training_batches(mixed.training, plan, seed=1, step=3, context=CONTEXT, device=CPU)
+    for place, row in zip(map(str, places), batch.inputs.reshape(-1, CONTEXT).tolist(), strict=True):
+        name, _, number = place.rpartition(":")
+        if name == f"{tmp_path}/a.txt":
+            assert row == [ord("a")] * CONTEXT
+        elif name == f"{tmp_path}/text.jsonl":
+            assert isinstance(packed.train, np.ndarray)
+            assert row == packed.train[int(number) : int(number) + CONTEXT].tolist()
+        else:
+            task = make_synthetic("synthetic:mqar,pairs=2", ByteTokenizer(), context=CONTEXT)
+            assert name == "synthetic:mqar,pairs=2"
+            assert row == task.windows(np.array([int(number)], dtype=np.uint64), context=CONTEXT).inputs[0].tolist()
 
 
 @pytest.mark.parametrize("flag", ["compile", "cuda_graph"])

@@ -13,7 +13,7 @@ from nsa_cli.errors import ExitCode, NsaError
 
 
 def load(*sources: Path, **options: Any) -> Corpus:
-    settings: dict[str, Any] = {"val_fraction": 0.0, "context": 1, **options}
+    settings: dict[str, Any] = {"val_fraction": 0.0, "context": 2, **options}
     return load_corpus([str(source) for source in sources], ByteTokenizer(), **settings)
 
 

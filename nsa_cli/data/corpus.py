@@ -185,7 +185,7 @@ def _split(
 ) -> Corpus:
     """One text and its held-out tail."""
     tokens, facts = text.tokens, text.facts
-    packed = pack and len(facts.offsets) > 2
+    packed = pack and len(facts.offsets) > 2 and context > 1  # a window of one token has no neighbour to keep apart
     cut = len(tokens) - _held_out(len(tokens), val_fraction, context, label)
     val_bytes = _count_bytes(tokenizer, tokens[cut:])
     return Corpus(

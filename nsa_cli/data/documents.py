@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from nsa_cli.data.sampler import validation_starts
+from nsa_cli.data.sampler import validation_starts, window_starts
 
 NO_TARGET = -1
 """The target where nothing is to be predicted, as the model takes it."""
@@ -61,10 +61,12 @@ class Documents:
 
     def windows(self, draws: npt.NDArray[np.uint64], *, context: int) -> Windows:
         """A window for each of the 64-bit draws: it begins at draw mod (N - context), as in `training_batch`."""
-        choices = len(self) - context
-        if choices < 1:
-            raise ValueError(f"{len(self)} tokens: must be at least context + 1 = {context + 1}")
-        return self.windows_at((draws % np.uint64(choices)).astype(np.int64), context)
+        return self.windows_at(window_starts(draws, len(self), context), context)
+
+    def places(self, draws: npt.NDArray[np.uint64], *, context: int) -> list[int | str]:
+        """Where those windows begin, from `start` on."""
+        starts: list[int | str] = window_starts(draws, len(self), context).tolist()
+        return starts
 
     def fixed_windows(self, *, context: int, max_tokens: int) -> Iterator[Windows]:
         """The windows of a validation pass, one at a time, where `validation_windows` puts them."""

@@ -29,6 +29,9 @@ class Source(Protocol):
     def windows(self, draws: npt.NDArray[np.uint64], *, context: int) -> Windows:
         """A window for each draw."""
 
+    def places(self, draws: npt.NDArray[np.uint64], *, context: int) -> list[int | str]:
+        """Where those windows come from, for somebody who looks for a bad one."""
+
     def fixed_windows(self, *, context: int, max_tokens: int) -> Iterator[Windows]:
         """The windows of a validation pass, the same every time, one at a time."""
 
@@ -54,8 +57,7 @@ class Mixture:
 
     def windows(self, draws: npt.NDArray[np.uint64], *, context: int) -> Windows:
         """A window for each draw, from the part that a hash of the draw chooses."""
-        bounds = np.cumsum(self.weights) / sum(self.weights)
-        chosen = np.searchsorted(bounds[:-1], _uniform(draws), side="right")
+        chosen = self._chosen(draws)
         inputs = np.empty((len(draws), context), dtype=np.int64)
         targets, begins = np.empty_like(inputs), np.zeros(inputs.shape, dtype=np.bool_)
         for number, part in enumerate(self.parts):
@@ -67,6 +69,19 @@ class Mixture:
                     begins[rows] = windows.begins
         begins[:, 0] = True
         return Windows(inputs, targets, begins)
+
+    def places(self, draws: npt.NDArray[np.uint64], *, context: int) -> list[int | str]:
+        """The part's name (or number) and the place in it."""
+        found: list[int | str] = []
+        for number, draw in zip(self._chosen(draws), draws, strict=True):
+            (place,) = self.parts[number].places(np.array([draw]), context=context)
+            found.append(f"{self.names[number] or number}:{place}")
+        return found
+
+    def _chosen(self, draws: npt.NDArray[np.uint64]) -> npt.NDArray[np.intp]:
+        """The part of each draw."""
+        bounds = np.cumsum(self.weights) / sum(self.weights)
+        return np.searchsorted(bounds[:-1], _uniform(draws), side="right")
 
     def fixed_windows(self, *, context: int, max_tokens: int) -> Iterator[Windows]:
         """Each part's own windows, its share of max_tokens by weight, at least one."""

@@ -23,15 +23,11 @@ def training_batch(
     tokens: 1-D, unsigned, N >= context + 1. Returns two int64 arrays [batch / world, context].
     ValueError when N is too small or `world` does not divide `batch`.
     """
-    choices = len(tokens) - context
-    if choices < 1:
-        raise ValueError(f"{len(tokens)} tokens: must be at least context + 1 = {context + 1}")
     if not 0 <= rank < world or batch % world:
         raise ValueError(f"batch = {batch}: must be a multiple of world = {world}, and rank = {rank} below it")
-    # The modulo is biased by at most N / 2^64.
-    starts = step_draws(seed=seed, step=step, count=batch) % np.uint64(choices)
+    starts = window_starts(step_draws(seed=seed, step=step, count=batch), len(tokens), context)
     share = batch // world
-    places = starts[rank * share : (rank + 1) * share, None].astype(np.int64) + np.arange(context + 1)
+    places = starts[rank * share : (rank + 1) * share, None] + np.arange(context + 1)
     windows = tokens[places].astype(np.int64)
     return windows[:, :-1].copy(), windows[:, 1:].copy()
 
@@ -43,6 +39,17 @@ def step_draws(*, seed: int, step: int, count: int, lane: int = 0) -> npt.NDArra
     """
     key = np.random.SeedSequence(seed).generate_state(2, np.uint64)
     return np.random.Philox(key=key, counter=[0, 0, lane, step]).random_raw(count)
+
+
+def window_starts(draws: npt.NDArray[np.uint64], tokens: int, context: int) -> npt.NDArray[np.int64]:
+    """Where the windows of these draws begin in a text of N tokens: draw mod (N - context), int64 like draws.
+
+    The modulo is biased by at most N / 2^64. ValueError when N < context + 1.
+    """
+    choices = tokens - context
+    if choices < 1:
+        raise ValueError(f"{tokens} tokens: must be at least context + 1 = {context + 1}")
+    return (draws % np.uint64(choices)).astype(np.int64)
 
 
 def validation_windows(

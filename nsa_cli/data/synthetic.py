@@ -217,6 +217,11 @@ class Synthetic:
         begins[:, :: self.length] = True
         return Windows(inputs, targets, begins if self.packed else None, graded=True)
 
+    def places(self, draws: npt.NDArray[np.uint64], *, context: int) -> list[int | str]:
+        """The draws."""
+        numbers: list[int | str] = draws.tolist()
+        return numbers
+
     def fixed_windows(self, *, context: int, max_tokens: int) -> Iterator[Windows]:
         """max_tokens // context windows (at least one), from draws that no training step makes."""
         for draw in step_draws(seed=0, step=0, count=max(1, max_tokens // context), lane=_VALIDATION_LANE):

@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from nsa_cli.config import ModelConfig, TrainConfig
-from nsa_cli.data import NO_TARGET, Corpus, Source, Windows, join_windows, step_draws, training_batch, validation_windows
+from nsa_cli.data import (
+    NO_TARGET,
+    Corpus,
+    Source,
+    Windows,
+    join_windows,
+    step_draws,
+    training_batch,
+    validation_windows,
+    window_starts,
+)
 from nsa_cli.errors import ExitCode, NsaError
 from nsa_cli.training.device import to_device
 
@@ -24,6 +34,19 @@ class BatchPlan:
 
     windows: int
     micro: int
+
+    def parts(self, replica: int = 0, replicas: int = 1) -> list[tuple[slice, int]]:
+        """A replica's windows, a micro-batch at a time, and how many of each slice count.
+
+        Consecutive windows, shared out evenly. Every replica has equally many micro-batches, since each may be a meeting
+        of all: one that has no window left takes the first, which counts 0.
+        """
+        low, high = replica * self.windows // replicas, (replica + 1) * self.windows // replicas
+        parts = []
+        for start in range(low, low - (-self.windows // replicas), self.micro):
+            counted = min(start + self.micro, high) - start
+            parts.append((slice(start, start + counted), counted) if counted > 0 else (slice(0, 1), 0))
+        return parts
 
 
 def plan_batches(model_config: ModelConfig, config: TrainConfig) -> BatchPlan:
@@ -77,28 +100,51 @@ def refuse_packing(corpus: Corpus, config: TrainConfig) -> None:
 
 
 def training_batches(
-    source: npt.NDArray[Any] | Source, plan: BatchPlan, *, seed: int, step: int, context: int, device: torch.device
+    source: npt.NDArray[Any] | Source,
+    plan: BatchPlan,
+    *,
+    seed: int,
+    step: int,
+    context: int,
+    device: torch.device,
+    replica: int = 0,
+    replicas: int = 1,
 ) -> Iterator[Batch]:
-    """The micro-batches of one step. An array is one document.
+    """A replica's micro-batches of one step. An array is one document.
 
-    The shares add up to 1: the sum of share * mean loss is the mean over the step's targets, and so are its gradients.
+    The shares of all replicas add up to 1: the sum of share * mean loss is the mean over the step's targets, and so are its
+    gradients.
     """
-    if isinstance(source, np.ndarray):
-        windows = Windows(*training_batch(source, seed=seed, step=step, batch=plan.windows, context=context))
-    else:
-        windows = source.windows(step_draws(seed=seed, step=step, count=plan.windows), context=context)
+    windows = _step_windows(source, plan, seed=seed, step=step, context=context)
     counts = np.count_nonzero(windows.targets != NO_TARGET, axis=1)
     total = int(counts.sum())
-    for start in range(0, plan.windows, plan.micro):
-        part = slice(start, min(start + plan.micro, plan.windows))
-        if share := int(counts[part].sum()) / max(total, 1):
-            yield _to_batch(windows, part, share, device)
+    for part, counted in plan.parts(replica, replicas):
+        yield _to_batch(windows, part, int(counts[part].sum()) / total if counted else 0.0, device)
+
+
+def window_places(
+    source: npt.NDArray[Any] | Source, plan: BatchPlan, *, seed: int, step: int, context: int
+) -> list[int | str]:
+    """Where each window of a step comes from: its first token's place among the training tokens; of a mixture after the
+    part's name, and for a task the draw that makes it."""
+    draws = step_draws(seed=seed, step=step, count=plan.windows)
+    if isinstance(source, np.ndarray):
+        return window_starts(draws, len(source), context).tolist()
+    return source.places(draws, context=context)
 
 
 def validation_batches(
-    source: npt.NDArray[Any] | Source, plan: BatchPlan, *, context: int, max_tokens: int, device: torch.device
+    source: npt.NDArray[Any] | Source,
+    plan: BatchPlan,
+    *,
+    context: int,
+    max_tokens: int,
+    device: torch.device,
+    replica: int = 0,
+    replicas: int = 1,
 ) -> Iterator[Batch]:
-    """The fixed validation windows, at most a micro-batch's number at once and of one source; each batch a share of 1."""
+    """A replica's share of the fixed validation windows, at most a micro-batch's number at once and of one source; each batch
+    a share of 1, or of 0 where a replica only keeps the others company."""
     singles: Iterator[Windows]
     if isinstance(source, np.ndarray):
         pairs = validation_windows(source, context=context, max_tokens=max_tokens)
@@ -106,8 +152,15 @@ def validation_batches(
     else:
         singles = source.fixed_windows(context=context, max_tokens=max_tokens)
     for _, same in groupby(singles, key=lambda window: window.source):
-        while group := list(islice(same, plan.micro)):
-            yield _to_batch(join_windows(group), slice(None), 1.0, device)
+        while group := list(islice(same, plan.micro * replicas)):
+            own = group[replica::replicas]
+            yield _to_batch(join_windows(own or group[:1]), slice(None), 1.0 if own else 0.0, device)
+
+
+def _step_windows(source: npt.NDArray[Any] | Source, plan: BatchPlan, *, seed: int, step: int, context: int) -> Windows:
+    if isinstance(source, np.ndarray):
+        return Windows(*training_batch(source, seed=seed, step=step, batch=plan.windows, context=context))
+    return source.windows(step_draws(seed=seed, step=step, count=plan.windows), context=context)
 
 
 def _to_batch(windows: Windows, part: slice, share: float, device: torch.device) -> Batch:

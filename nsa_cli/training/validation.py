@@ -52,10 +52,12 @@ def validation_loss(
     autocast: Callable[[], AbstractContextManager[Any]],
     interruption: Interruption,
     weights: Mapping[str, float],
+    mean: Callable[[Tensor], Tensor] = lambda total: total,
 ) -> Validation | None:
     """Mean cross-entropy over the targets of each source, and the mean of these by weight; None if a signal came before the
     last batch.
 
+    mean: over the processes that share the batches out; every one has the same sources.
     Call inside `evaluating`. Sums stay on the device in float64; the host waits once a source, at the end.
     """
     totals: dict[str, Tensor] = {}
@@ -63,20 +65,20 @@ def validation_loss(
     for batch in batches:
         if interruption:
             return None
-        predicted = (batch.targets != NO_TARGET).sum()
+        predicted = (batch.targets != NO_TARGET).sum().double() * batch.share
         right = torch.zeros_like(predicted)
         with autocast():
             if batch.graded:
                 logits = forward(batch.inputs, None, batch.cu_seqlens)
                 loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=NO_TARGET)
-                right = (logits.argmax(-1) == batch.targets).sum()
+                right = (logits.argmax(-1) == batch.targets).sum().double() * batch.share
                 graded.add(batch.source)
             else:
                 loss = forward(batch.inputs, batch.targets, batch.cu_seqlens)
-        sums = torch.stack((loss.double() * predicted, predicted.double(), right.double()))
+        sums = torch.stack((loss.double() * predicted, predicted, right))
         totals[batch.source] = totals[batch.source] + sums if batch.source in totals else sums
     assert totals, "a corpus without validation text is not validated"
-    read = {source: total.tolist() for source, total in totals.items()}
+    read = {source: mean(total).tolist() for source, total in totals.items()}
     losses = {source: total / count for source, (total, count, _) in read.items()}
     accuracies = {source: read[source][2] / read[source][1] for source in losses if source in graded}
     whole, several = sum(weights[source] for source in losses), len(losses) > 1
