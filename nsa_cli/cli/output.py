@@ -132,7 +132,7 @@ class TrainingReporter:
         kernel = f", kernel {info['kernel']}" if kind == "sparse" else ""
         where = f"{info['device']}, {info['dtype']}{kernel}"
         self._messages.notice(f"{kind} model of {parameters['total']:,} parameters{compression} on {where}")
-        tokens = "a task without end to train on"
+        tokens = "training data that is made as it is needed"
         if data["train_tokens"] is not None:
             tokens = f"{data['train_tokens']:,} tokens to train on, {data['val_tokens'] or 0:,} held out"
         resumed = f"; going on from step {info['from_step']}" if "from_step" in info else ""

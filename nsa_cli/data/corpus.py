@@ -123,14 +123,14 @@ def load_corpus(
             source = make_synthetic(group.task, tokenizer, context=context, pack=pack)
             made.append((group, _synthetic(source, group.names, val_fraction)))
             continue
-        files = [name for name in group.names if name == "-" or not is_shard(name)]
+        files, kept = _apart(group.names)
         if files:
             label = shown(files[0]) if len(files) == 1 else f"{len(files)} files"
             text = _read_text(files, tokenizer, text_key, stdin, Broken(strict=strict), shards, notify)
             if not len(text.tokens):
                 raise bad_input(f"no training data: {label}, nothing in it", "give a file with some text in it")
             loaded.append((group, label, text))
-        loaded += [(group, name, _shard(name, tokenizer)) for name in group.names if name not in files]
+        loaded += [(group, name, _shard(name, tokenizer)) for name in kept]
     notices = [f"{label}: {line}" if len(loaded) > 1 else line for _, label, text in loaded for line in text.facts.broken]
     for line in notices:
         if strict:
@@ -154,6 +154,14 @@ def shard_tokenizer(sources: Sequence[str]) -> Tokenizer | None:
 
 
 def _nobody(line: str) -> None: ...
+
+
+def _apart(names: list[str]) -> tuple[list[str], list[str]]:
+    """Files of text, and shards."""
+    sides: tuple[list[str], list[str]] = ([], [])
+    for name in names:
+        sides[name != "-" and is_shard(name)].append(name)
+    return sides
 
 
 def _read_text(

@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from nsa_cli.data.reading import bad_input
 from nsa_cli.data.text import TextFacts, TokenText
-from nsa_cli.data.tokenizer import Tokenizer, tokenizer_from_dict
+from nsa_cli.data.tokenizer import Tokenizer, smallest_dtype, tokenizer_from_dict
 
 MAGIC = b"NSATOKEN"
 VERSION = 1
@@ -58,7 +58,7 @@ def write_shard(path: Path, tokenizer: Tokenizer, fill: Callable[[Callable[[npt.
 
     Not atomic: give it the temporary file of `write_atomic`. Only the offsets are held in memory.
     """
-    dtype = np.dtype(smallest_dtype(tokenizer.vocab_size)).newbyteorder("<")
+    dtype = smallest_dtype(tokenizer.vocab_size).newbyteorder("<")
     said = tokenizer.to_dict()
     # The header stands before the tokens and is known after them: its place is kept free.
     room = _PREFIX.size + len(json.dumps(said)) + _RESERVED_BYTES
@@ -186,8 +186,3 @@ def expect_random_access(tokens: npt.NDArray[Any]) -> None:
     mapped = tokens.base
     if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_RANDOM"):
         mapped.madvise(mmap.MADV_RANDOM)
-
-
-def smallest_dtype(vocab_size: int) -> str:
-    """The smallest of uint8, uint16 and uint32 that holds the vocabulary."""
-    return "uint8" if vocab_size <= 1 << 8 else "uint16" if vocab_size <= 1 << 16 else "uint32"

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nsa_cli.data.reading import NOT_UTF8, Broken, Piece, shown
-from nsa_cli.data.tokenizer import Tokenizer
+from nsa_cli.data.tokenizer import Tokenizer, smallest_dtype
 from nsa_cli.errors import NsaError
 
 
@@ -74,9 +74,9 @@ def tokenize(
 
 def tokens_in_memory(pieces: Iterable[Piece], tokenizer: Tokenizer, broken: Broken) -> TokenText:
     """`tokenize` into an array."""
-    parts: list[npt.NDArray[Any]] = []
-    facts = tokenize(pieces, tokenizer, parts.append, broken)
-    return TokenText(np.concatenate(parts) if parts else np.empty(0, np.uint8), facts)
+    data, dtype = bytearray(), smallest_dtype(tokenizer.vocab_size)  # one buffer: a million lines would be as many arrays
+    facts = tokenize(pieces, tokenizer, lambda ids: data.extend(ids.astype(dtype, copy=False).data), broken)
+    return TokenText(np.frombuffer(data, dtype=dtype) if data else np.empty(0, dtype), facts)
 
 
 def _encode(tokenizer: Tokenizer, piece: Piece, broken: Broken) -> tuple[bytes, npt.NDArray[Any]]:
