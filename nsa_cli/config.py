@@ -175,7 +175,8 @@ class TrainConfig:
     distill_weight multiplies a teacher's KL divergence.
     max_skipped: updates skipped in a row, for a loss or gradient that is not finite, that end the run: one bad batch is met
     by the next good one, weights untouched, but different batches that all fail put the weights themselves at fault.
-    eval_every 0 never validates; eval_tokens bounds a validation pass; val_fraction is the held-out tail of the data.
+    eval_every 0 never validates; eval_tokens bounds a validation pass; val_fraction is the held-out tail of the data;
+    pack keeps its documents apart, in attention and in positions.
     patience: validations without a new best that end the run. keep: numbered copies of the last saves. sample_every: steps
     between samples. 0 is never, or none, for each.
     """
@@ -198,6 +199,7 @@ class TrainConfig:
     eval_every: int = 250
     eval_tokens: int = 131072
     val_fraction: float = 0.1
+    pack: bool = True
     save_every: int = 500
     patience: int = 0
     keep: int = 0
@@ -226,6 +228,7 @@ class TrainConfig:
         validates = self.eval_every > 0 and self.val_fraction > 0
         rule = f"needs validations, and eval_every = {self.eval_every} with val_fraction = {self.val_fraction} makes none"
         _require(self.patience == 0 or validates, "patience", self.patience, rule)
+        _require(isinstance(self.pack, bool), "pack", self.pack, "must be true or false")
         _require(isinstance(self.compile, bool), "compile", self.compile, "must be true or false")
         _require(isinstance(self.cuda_graph, bool), "cuda_graph", self.cuda_graph, "must be true or false")
 

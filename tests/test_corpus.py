@@ -221,10 +221,10 @@ def test_a_file_without_permission_is_refused_with_chmod(tmp_path: Path, monkeyp
     path = tmp_path / "a.txt"
     path.write_bytes(b"secret")
 
-    def denied(self: Path) -> bytes:
+    def denied(self: Path, mode: str) -> bytes:
         raise PermissionError(13, "Permission denied", str(self))
 
-    monkeypatch.setattr(Path, "read_bytes", denied)
+    monkeypatch.setattr(Path, "open", denied)
     assert f"cannot read {path}: Permission denied | chmod u+r {path}" == refused(path)
 
 

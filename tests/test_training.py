@@ -135,8 +135,8 @@ def test_micro_batches_are_as_large_as_allowed_and_cover_the_step_once(tmp_path:
             text_corpus(tmp_path).train, plan, seed=1, step=1, context=CONTEXT, device=torch.device("cpu")
         )
     )
-    assert [len(inputs) for inputs, _, _ in parts] == [3, 3, 2]
-    assert sum(share for _, _, share in parts) == pytest.approx(1.0)
+    assert [len(part.inputs) for part in parts] == [3, 3, 2]
+    assert sum(part.share for part in parts) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ class Watched:
 
 @pytest.mark.parametrize("line", ["2/1 32 16,8,32 2+1+1 9 75 1 own plain f32", "2/1 16 16,8,48 2+0+0 9 100 1 own plain f32"])
 def test_a_block_too_large_for_the_chip_is_taken_in_parts(monkeypatch: pytest.MonkeyPatch, line: str) -> None:
-    patched(monkeypatch, KEY_BYTES=1024)
+    patched(monkeypatch, KEY_BYTES={4: 1024})
     with poisoned(torch.device("cpu")):
         assert_the_operator_is_right(parse(line), "cpu")
 

@@ -37,6 +37,15 @@ def text_corpus(folder: Path, text: str = "a fox, a dog, a cat and a hen. ", *, 
     return load_corpus([str(file)], ByteTokenizer(), val_fraction=val_fraction, context=CONTEXT)
 
 
+def documents_corpus(folder: Path, count: int = 60, *, pack: bool = True, val_fraction: float = 0.2) -> Corpus:
+    """Lines of .jsonl, most of them shorter than a window."""
+    words = ["the cat", "a dog ran", "one hen sat on the mat", "x"]
+    file = folder / "text.jsonl"
+    texts = [" ".join(words[(i * i + k) % 4] for k in range(1 + i % 5)) for i in range(count)]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return load_corpus([str(file)], ByteTokenizer(), val_fraction=val_fraction, context=CONTEXT, pack=pack)
+
+
 def random_corpus(seed: int, tokens: int) -> Corpus:
     """Independent uniform bytes: nothing to learn, ln 256 nats each."""
     ids = np.random.default_rng(seed).integers(0, 256, tokens + tokens // 10, dtype=np.uint8)

@@ -55,6 +55,9 @@ def _data_lines(report: Mapping[str, Any]) -> Iterator[str]:
     sources = data["sources"]
     named = ", ".join(sources[:3]) + (f" and {len(sources) - 3:,} more" if len(sources) > 3 else "")
     yield f"data  {named} ({report['tokenizer']}, fingerprint {data['fingerprint'][:12]})"
+    if report["epochs"] is None:
+        yield "  made as the run needs it, without end"
+        return
     train = f"{data['train_tokens']:,} tokens, {data['train_bytes']:,} bytes"
     yield f"  to train on  {train}; the run reads them {report['epochs']:.2f} times"
     yield f"  held out     {data['val_tokens']:,} tokens, {data['val_bytes']:,} bytes"

@@ -210,14 +210,38 @@ Compile = Annotated[bool | None, _field(_flag, "--compile/--no-compile", "Run th
 # Data.
 Data = Annotated[
     list[str],
-    typer.Argument(help="Files, folders, globs, .gz, .jsonl, or - for stdin.", metavar="DATA", show_default=False),
+    typer.Argument(
+        help="Files, folders, globs, .gz, .jsonl, .parquet, token shards, - for stdin, or a task (synthetic:passkey, "
+        "synthetic:mqar, synthetic:copying); with weights: web.txt@0.7 code/@0.3.",
+        metavar="DATA",
+        show_default=False,
+    ),
 ]
 TokenizerFile = Annotated[
     Path | None,
     _flag("--tokenizer", "tokenizer.json of byte pairs; without it, bytes are the tokens.", DATA, metavar="FILE"),
 ]
-TextKey = Annotated[str, _flag("--text-key", "Field of a .jsonl line that holds the text.", DATA, metavar="KEY")]
+TextKey = Annotated[
+    str, _flag("--text-key", "Field of a .jsonl line, or column of a .parquet file, that holds the text.", DATA, metavar="KEY")
+]
 ValFraction = Annotated[float | None, _field(_real, "--val-fraction", "Tail of the data held out for validation.", DATA)]
+Pack = Annotated[
+    bool | None,
+    _field(_flag, "--pack/--no-pack", "Keep documents (files, .jsonl lines, .parquet rows) apart, or train on a stream.", DATA),
+]
+Shards = Annotated[
+    Path | None,
+    _flag(
+        "--shards",
+        "Tokenize into this folder once and map the tokens into memory; text over 512 MiB goes to the user's cache otherwise.",
+        DATA,
+        metavar="FOLDER",
+        show_default=False,
+    ),
+]
+Strict = Annotated[
+    bool, _flag("--strict", "Refuse broken input, which is passed over, counted and named otherwise.", DATA)
+]
 
 # Output of training.
 Out = Annotated[Path, _flag("--out", "Checkpoint to write; its other files stand beside it.", OUTPUT, metavar="CKPT")]

@@ -135,7 +135,9 @@ class TrainingReporter:
         begun = info.get("init_from")
         if begun is not None and self._verbose and "from_step" not in info:
             self._messages.list_settings([f"{part}: {name}" for part in ("copied", "new", "unused") for name in begun[part]])
-        tokens = f"{data['train_tokens']:,} tokens to train on, {data['val_tokens']:,} held out"
+        tokens = "training data that is made as it is needed"
+        if data["train_tokens"] is not None:
+            tokens = f"{data['train_tokens']:,} tokens to train on, {data['val_tokens'] or 0:,} held out"
         resumed = f"; going on from step {info['from_step']}" if "from_step" in info else ""
         self._messages.notice(tokens + resumed)
 
@@ -208,6 +210,7 @@ _LINE_PARTS = (
     ("bits/byte", "bits_per_byte", ".3f"),
     ("distill", "distill_kl", ".4f"),
     ("val", "val_loss", ".4f"),
+    ("val accuracy", "val_accuracy", ".1%"),
     ("val bits/byte", "val_bits_per_byte", ".3f"),
     ("lr", "lr", ".2e"),
     ("grad", "grad_norm", ".2f"),

@@ -71,6 +71,9 @@ def train(
     tokenizer: options.TokenizerFile = None,
     text_key: options.TextKey = "text",
     val_fraction: options.ValFraction = None,
+    pack: options.Pack = None,
+    strict: options.Strict = False,
+    shards: options.Shards = None,
     out: options.Out = Path("ckpt.safetensors"),
     resume: options.Resume = None,
     init_from: options.InitFrom = None,
@@ -157,7 +160,7 @@ def _train(data: list[str], settings: Resolved, paths: RunPaths) -> TrainResult 
     loggers = make_loggers([] if settings["dry_run"] else settings["log"] or [], paths, quiet=settings["quiet"])
     if resume is not None:
         _continue(settings, resume)
-    tokenizer = _tokenizer(settings)
+    tokenizer = _tokenizer(settings, data)
     if init_from is not None and resume is None:
         theirs = take_shape(settings, init_from)
         if settings["tokenizer"] is not None:
@@ -178,6 +181,10 @@ def _train(data: list[str], settings: Resolved, paths: RunPaths) -> TrainResult 
         context=model_config.context,
         text_key=settings["text_key"],
         stdin=sys.stdin.buffer,
+        pack=train_config.pack,
+        strict=settings["strict"],
+        shards=settings["shards"],
+        notify=messages.notice,
     )
     if settings["dry_run"]:
         _dry_run(model_config, train_config, corpus, paths, machine, settings)
@@ -200,7 +207,7 @@ def _train(data: list[str], settings: Resolved, paths: RunPaths) -> TrainResult 
             overwrite=settings["overwrite"],
             force_data=settings["force_data"],
             reporter=reporter,
-            notices=[machine.notice] if machine.notice else [],
+            notices=[*([machine.notice] if machine.notice else []), *corpus.notices],
             sampler_hook=_sampler(tokenizer, train_config.seed) if train_config.sample_every else None,
         )
     if settings["json"]:
@@ -280,14 +287,16 @@ def _continue(settings: Resolved, resume: Path) -> None:
             settings.derive(name, value, f"from {resume}")
 
 
-def _tokenizer(settings: Resolved) -> Tokenizer:
-    """--tokenizer's, else the resumed run's, else bytes."""
-    from nsa_cli.data import load_tokenizer
+def _tokenizer(settings: Resolved, data: list[str]) -> Tokenizer:
+    """--tokenizer's, else the resumed run's, else that of the first token shard in DATA, else bytes."""
+    from nsa_cli.data import load_tokenizer, shard_tokenizer
     from nsa_cli.training import run_tokenizer
 
     resume: Path | None = settings["resume"]
     if settings["tokenizer"] is None and resume is not None:
         return run_tokenizer(resume)
+    if settings["tokenizer"] is None and (found := shard_tokenizer(data)) is not None:
+        return found
     return load_tokenizer(None if settings["tokenizer"] is None else str(settings["tokenizer"]))
 
 

@@ -11,21 +11,6 @@ import numpy.typing as npt
 Windows = npt.NDArray[np.int64]
 
 
-def window_starts(tokens: int, *, seed: int, step: int, batch: int, context: int) -> npt.NDArray[np.int64]:
-    """Where the windows of one optimizer step begin in a text of `tokens` tokens: int64 [batch].
-
-    start[i] = Philox(key of seed, counter of step)[i] mod (N - context). ValueError when N < context + 1.
-    """
-    choices = tokens - context
-    if choices < 1:
-        raise ValueError(f"{tokens} tokens: must be at least context + 1 = {context + 1}")
-    # The raw stream of a bit generator is fixed for good, which Generator.integers is not. The modulo is biased by
-    # at most N / 2^64.
-    key = np.random.SeedSequence(seed).generate_state(2, np.uint64)
-    stream = np.random.Philox(key=key, counter=[0, 0, 0, step])
-    return (stream.random_raw(batch) % np.uint64(choices)).astype(np.int64)
-
-
 def training_batch(
     tokens: npt.NDArray[Any], *, seed: int, step: int, batch: int, context: int, rank: int = 0, world: int = 1
 ) -> tuple[Windows, Windows]:
@@ -40,11 +25,31 @@ def training_batch(
     """
     if not 0 <= rank < world or batch % world:
         raise ValueError(f"batch = {batch}: must be a multiple of world = {world}, and rank = {rank} below it")
-    starts = window_starts(len(tokens), seed=seed, step=step, batch=batch, context=context)
+    starts = window_starts(step_draws(seed=seed, step=step, count=batch), len(tokens), context)
     share = batch // world
     places = starts[rank * share : (rank + 1) * share, None] + np.arange(context + 1)
     windows = tokens[places].astype(np.int64)
     return windows[:, :-1].copy(), windows[:, 1:].copy()
+
+
+def step_draws(*, seed: int, step: int, count: int, lane: int = 0) -> npt.NDArray[np.uint64]:
+    """The random numbers of one step: Philox(key of seed, counter of step and lane), uniform in 0 .. 2^64 - 1.
+
+    Lanes are independent streams. The raw stream of a bit generator is fixed for good, which Generator.integers is not.
+    """
+    key = np.random.SeedSequence(seed).generate_state(2, np.uint64)
+    return np.random.Philox(key=key, counter=[0, 0, lane, step]).random_raw(count)
+
+
+def window_starts(draws: npt.NDArray[np.uint64], tokens: int, context: int) -> npt.NDArray[np.int64]:
+    """Where the windows of these draws begin in a text of N tokens: draw mod (N - context), int64 like draws.
+
+    The modulo is biased by at most N / 2^64. ValueError when N < context + 1.
+    """
+    choices = tokens - context
+    if choices < 1:
+        raise ValueError(f"{tokens} tokens: must be at least context + 1 = {context + 1}")
+    return (draws % np.uint64(choices)).astype(np.int64)
 
 
 def validation_windows(
@@ -56,11 +61,15 @@ def validation_windows(
     them (at least one) are kept, evenly spread. The tail that fills no window is left out. ValueError when N <
     context + 1.
     """
-    total = (len(tokens) - 1) // context
-    if total < 1:
-        raise ValueError(f"{len(tokens)} tokens: must be at least context + 1 = {context + 1}")
-    kept = min(total, max(1, max_tokens // context))
-    for place in range(kept):
-        start = place * total // kept * context
+    for start in validation_starts(len(tokens), context=context, max_tokens=max_tokens):
         window = tokens[start : start + context + 1].astype(np.int64)
         yield window[:-1], window[1:]
+
+
+def validation_starts(tokens: int, *, context: int, max_tokens: int) -> list[int]:
+    """Where the windows of a validation pass over so many tokens begin; see `validation_windows`."""
+    total = (tokens - 1) // context
+    if total < 1:
+        raise ValueError(f"{tokens} tokens: must be at least context + 1 = {context + 1}")
+    kept = min(total, max(1, max_tokens // context))
+    return [place * total // kept * context for place in range(kept)]

@@ -98,7 +98,7 @@ class BPETokenizer:
             raise ValueError("the tokenizer's vocabulary is empty")
         # Ids may have holes (a removed token): the embedding needs a row up to the highest.
         self.vocab_size: int = max(ids.values()) + 1
-        self._dtype = np.uint8 if self.vocab_size <= 1 << 8 else np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+        self._dtype = smallest_dtype(self.vocab_size)
         self._bytes = _token_bytes(self._inner, self.vocab_size) if _is_byte_level(self._spec) else None
 
     def encode(self, data: bytes) -> Ids:
@@ -109,10 +109,8 @@ class BPETokenizer:
             wrong = f"byte 0x{data[error.start]:02x} at offset {error.start} is not UTF-8"
             hint = "convert it to UTF-8, or leave out --tokenizer: the default tokens are bytes and take any file"
             raise NsaError(f"{wrong}, which the BPE tokenizer needs", hint, ExitCode.BAD_INPUT) from error
-        pieces = [
-            np.asarray(self._inner.encode(piece, add_special_tokens=False).ids, dtype=self._dtype)
-            for piece in _pieces(text)
-        ]
+        encoded = self._inner.encode_batch(list(_pieces(text)), add_special_tokens=False)  # a thread a piece
+        pieces = [np.asarray(piece.ids, dtype=self._dtype) for piece in encoded]
         return np.concatenate(pieces) if pieces else np.empty(0, dtype=self._dtype)
 
     def decode(self, ids: Sequence[int]) -> bytes:
@@ -138,6 +136,11 @@ class BPETokenizer:
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, "tokenizer": self._spec}
+
+
+def smallest_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The smallest of uint8, uint16 and uint32 that holds the vocabulary."""
+    return np.dtype(np.uint8 if vocab_size <= 1 << 8 else np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
 def load_tokenizer(path: str | None) -> Tokenizer:

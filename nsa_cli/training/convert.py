@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from torch import Tensor
 
 from nsa_cli.checkpoint import load_checkpoint
 from nsa_cli.config import ModelConfig, NSAConfig
@@ -34,7 +33,7 @@ from nsa_cli.model import Transformer
 from nsa_cli.model.compress import Compression
 from nsa_cli.model.nsa import SparseAttention
 from nsa_cli.model.transformer import IGNORED_TARGET
-from nsa_cli.training.batches import BatchPlan, validation_batches
+from nsa_cli.training.batches import Batch, BatchPlan, validation_batches
 from nsa_cli.training.device import explained_errors
 from nsa_cli.training.distill import cross_entropy, file_fingerprint, kl_nats
 from nsa_cli.training.resume import flag, shown
@@ -107,8 +106,8 @@ def begin_from(
     weights, context = model.token_emb.weight.dtype, model.config.context
     source, step = load_start(path, model.config, corpus.tokenizer, device=model.device, dtype=weights)
     start, distance = start_from(model, source), None
-    if len(corpus.val):
-        batches = validation_batches(corpus.val, plan, context=context, max_tokens=eval_tokens, device=model.device)
+    if corpus.val_tokens != 0:
+        batches = validation_batches(corpus.validation, plan, context=context, max_tokens=eval_tokens, device=model.device)
         with explained_errors(plan.micro, context):
             distance = measure_distance(source, model, batches, autocast=autocast)
     numbers = dict.fromkeys(f.name for f in fields(Distance)) if distance is None else vars(distance)
@@ -210,15 +209,15 @@ def start_as_mean(network: Compression, nsa: NSAConfig) -> None:
 
 
 def measure_distance(
-    source: Transformer, model: Transformer, batches: Iterable[tuple[Tensor, Tensor]], *, autocast: Autocast
+    source: Transformer, model: Transformer, batches: Iterable[Batch], *, autocast: Autocast
 ) -> Distance:
     """Both models on the same batches, in eval mode; random states are as before afterwards."""
     total = torch.zeros(3, dtype=torch.float64, device=model.device)
     count = torch.zeros((), dtype=torch.int64, device=model.device)
     with evaluating(model), evaluating(source):
-        for inputs, targets in batches:
+        for inputs, targets, _, cu_seqlens, *_ in batches:
             with autocast():
-                theirs, ours = source(inputs), model(inputs)
+                theirs, ours = (each(inputs, None, cu_seqlens) for each in (source, model))
             losses = [cross_entropy(logits, targets) for logits in (theirs, ours)]
             predicted = (targets != IGNORED_TARGET).sum()
             total += torch.stack([kl_nats(theirs, ours, targets), *losses]).double() * predicted

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from nsa_cli.data import window_starts
 from nsa_cli.model import Transformer
-from nsa_cli.training.batches import BatchPlan, training_batches
+from nsa_cli.training.batches import BatchPlan, training_batches, window_places
 from nsa_cli.training.optim import Diverged
 
 _NAMED = 8
@@ -36,15 +35,15 @@ def name_batch(
     the whole batch's is not).
     """
     context, step = model.config.context, error.first_step
-    starts = window_starts(len(tokens), seed=seed, step=step, batch=plan.windows, context=context).tolist()
+    starts = window_places(tokens, plan, seed=seed, step=step, context=context)
     device = next(model.parameters()).device
     alone = dataclasses.replace(plan, micro=1)
     batches = training_batches(tokens, alone, seed=seed, step=step, context=context, device=device)
     model.eval()
     bad = []
-    for start, (inputs, targets, _) in zip(starts, batches, strict=True):
+    for start, batch in zip(starts, batches, strict=True):
         with autocast():
-            loss = model(inputs, targets)
+            loss = model(batch.inputs, batch.targets, batch.cu_seqlens)
         loss.backward()
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         if not math.isfinite(float(loss.detach()) + float(torch.nn.utils.get_total_norm(gradients))):
@@ -59,7 +58,7 @@ def name_batch(
     return Diverged(error.first_step, error.last_step, where), record
 
 
-def _listed(starts: list[int]) -> str:
+def _listed(starts: list[int | str]) -> str:
     shown = ", ".join(str(start) for start in starts[:_NAMED])
     more = len(starts) - _NAMED
     return shown + (f" and {more} more" if more > 0 else "")

@@ -14,7 +14,7 @@ from nsa_cli.data import Corpus
 from nsa_cli.model import Transformer, build_model
 from nsa_cli.model.accounting import model_flops_per_token
 from nsa_cli.ops.dispatch import resolve_kernel
-from nsa_cli.training.batches import plan_batches, training_batches
+from nsa_cli.training.batches import plan_batches, refuse_packing, training_batches
 from nsa_cli.training.device import deterministic_on_cpu, explained_errors
 from nsa_cli.training.graphs import refuse_cuda_graph
 from nsa_cli.training.loop import _Run
@@ -51,6 +51,7 @@ def dry_run(
     device = torch.device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     plan = plan_batches(model_config, config)
+    refuse_packing(corpus, config)
     saved = None if resume is None else read_run(resume)
     notices = []
     if saved is not None:
@@ -83,7 +84,7 @@ def dry_run(
             **report,
             "flops": {**vars(flops), "step": flops.training * config.batch_tokens},
             "memory": {**memory, "measured_peak": peak},
-            "epochs": left * config.batch_tokens / len(corpus.train),
+            "epochs": None if corpus.train_tokens is None else left * config.batch_tokens / corpus.train_tokens,
             "step": step,
         }
     )
@@ -122,10 +123,10 @@ def _saved_for_backward(run: _Run) -> int:
         return tensor
 
     batches = training_batches(
-        run.corpus.train, run.plan, seed=run.config.seed, step=1, context=run.context, device=run.device
+        run.corpus.training, run.plan, seed=run.config.seed, step=1, context=run.context, device=run.device
     )
-    inputs, targets, _ = next(batches)
+    batch = next(batches)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), run.autocast():
-        loss = run.model(inputs, targets)
+        loss = run.model(batch.inputs, batch.targets, batch.cu_seqlens)
     del loss
     return sum(held.values())

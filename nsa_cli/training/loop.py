@@ -22,7 +22,7 @@ from nsa_cli.config import ModelConfig, TrainConfig
 from nsa_cli.data import Corpus
 from nsa_cli.model import Transformer, build_model
 from nsa_cli.ops.dispatch import resolve_kernel
-from nsa_cli.training.batches import BatchPlan, plan_batches, training_batches, validation_batches
+from nsa_cli.training.batches import Batch, BatchPlan, plan_batches, refuse_packing, training_batches, validation_batches
 from nsa_cli.training.convert import begin_from, told
 from nsa_cli.training.device import arithmetic, deterministic_on_cpu, explained_errors, random_states, set_random_states
 from nsa_cli.training.distill import DistillingLoss, find_teacher, load_teacher
@@ -90,6 +90,7 @@ def train(
         raise ValueError(f"vocab_size = {model_config.vocab_size}: must be the tokenizer's {size}")
     plan = plan_batches(model_config, config)
     refuse_start(init_from, resume)
+    refuse_packing(corpus, config)
     saved = None if resume is None else read_run(resume)
     moves = saved is None or saved.moves_to(paths)
     if moves and not overwrite:
@@ -184,7 +185,7 @@ class _Run:
         self.clock, self.log, self.reporter, self.sampler_hook = clock, log, reporter, sampler_hook
         self.model, self.config, self.corpus, self.device = files.model, files.config, files.corpus, files.device
         self.context = self.model.config.context
-        self.forward: Callable[[Tensor, Tensor], Tensor] = self.model
+        self.forward: Callable[..., Tensor] = self.model
         if self.config.compile:
             self.forward = torch.compile(self.model)
         self.objective = self.forward
@@ -214,7 +215,7 @@ class _Run:
         try:
             yield
         except Diverged as error:
-            seed, tokens = self.config.seed, self.corpus.train
+            seed, tokens = self.config.seed, self.corpus.training
             named, record = name_batch(error, self.model, tokens, self.plan, seed=seed, autocast=self.autocast)
             self.log.write(record)
             raise named from error
@@ -279,7 +280,7 @@ class _Run:
 
     def validates(self, step: int) -> bool:
         """Whether the step ends with a validation."""
-        return self.due(step, self.config.eval_every) and len(self.corpus.val) > 0
+        return self.due(step, self.config.eval_every) and self.corpus.val_tokens != 0
 
     def samples(self, step: int) -> bool:
         """Whether the step ends with a sample."""
@@ -293,12 +294,12 @@ class _Run:
         None if a signal came between two micro-batches: all is then as it was before the step.
         """
         before = random_states(self.device)
-        seed, train = self.config.seed, self.corpus.train
+        seed, train = self.config.seed, self.corpus.training
         total = torch.zeros(self.parts, dtype=torch.float32, device=self.device)
         batches = training_batches(train, self.plan, seed=seed, step=step, context=self.context, device=self.device)
         if self.captured is not None:
             self.captured.begin()
-        for inputs, targets, share in batches:
+        for inputs, targets, share, cu_seqlens, *_ in batches:
             if interruption:
                 self.files.optimizer.zero_grad(set_to_none=True)
                 set_random_states(self.device, before)
@@ -307,7 +308,7 @@ class _Run:
                 total += self.captured(inputs, targets, share)
                 continue
             with self.autocast():
-                loss = self.objective(inputs, targets) * share
+                loss = self.objective(inputs, targets, cu_seqlens) * share
             loss.sum().backward()
             total += loss.detach()
         lr = learning_rate(step, self.config)
@@ -368,11 +369,16 @@ class _Run:
         loss: float | None = None
         with evaluating(self.model):
             if self.validates(progress.step):
-                loss = validation_loss(self.forward, self.validation_batches(), autocast=self.autocast, interruption=interruption)
-                if loss is None:
+                found = validation_loss(
+                    self.forward, self.validation_batches(), autocast=self.autocast, interruption=interruption,
+                    weights=corpus.weights,
+                )  # fmt: skip
+                if found is None:
                     return None
+                loss = found.loss
                 seen |= {"val_loss": loss, "val_bits_per_byte": bits_per_byte(loss, len(corpus.val), corpus.val_bytes)}
-                window = next(iter(self.validation_batches()))[0][:1, : self.context]
+                seen |= found.details()
+                window = next(self.validation_batches()).inputs[:1, : self.context]
                 health = selection_health(self.model, window, autocast=self.autocast)
                 seen |= {"selection": health} if health else {}
             if self.sampler_hook is not None and self.samples(progress.step):
@@ -384,10 +390,10 @@ class _Run:
             progress.judge(loss)
         return seen
 
-    def validation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def validation_batches(self) -> Iterator[Batch]:
         """The fixed batches of a validation, the same every time."""
-        tokens = self.config.eval_tokens
-        return validation_batches(self.corpus.val, self.plan, context=self.context, max_tokens=tokens, device=self.device)
+        tokens, source = self.config.eval_tokens, self.corpus.validation
+        return validation_batches(source, self.plan, context=self.context, max_tokens=tokens, device=self.device)
 
     def save(self) -> None:
         """All files of this step; a diverged run is not saved over a good one."""

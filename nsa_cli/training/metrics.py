@@ -10,9 +10,11 @@ A step's line: step, loss (nats per token, the mean over the step's batch, befor
 grad_norm (before clipping), skipped (updates left out so far because loss or gradient was not finite), tokens_per_s
 (since the line before, validation and saving not counted), elapsed_s (of the run, resumed parts added up); with a teacher
 distill_kl, KL(teacher || student) in nats per token: what is minimised is loss + distill_weight * distill_kl; for sparse
-models gates, per layer the means of [cmp, slc, win]; after a validation val_loss and val_bits_per_byte, for sparse models
-selection, a list a layer of entropy_nats, entropy_share, changed and never_selected (nsa_cli.training.health), and "status":
-"patience" where it ended the run; with samples "sample", a text. A number that is not finite is null: JSON has no NaN.
+models gates, per layer the means of [cmp, slc, win]; after a validation val_loss and val_bits_per_byte, for data with weights
+val_losses, by source, for synthetic tasks val_accuracy, the share of answers that are right (val_accuracies, by source), for
+sparse models selection, a list a layer of entropy_nats, entropy_share, changed and never_selected (nsa_cli.training.health),
+and "status": "patience" where it ended the run; with samples "sample", a text. A number that is not finite is null: JSON has
+no NaN.
 """
 
 from __future__ import annotations
@@ -81,9 +83,9 @@ def header_record(model: Transformer, corpus: Corpus, machine: dict[str, Any]) -
         "data": {
             "fingerprint": corpus.fingerprint,
             "sources": list(corpus.sources),
-            "train_tokens": len(corpus.train),
+            "train_tokens": corpus.train_tokens,
             "train_bytes": corpus.train_bytes,
-            "val_tokens": len(corpus.val),
+            "val_tokens": corpus.val_tokens,
             "val_bytes": corpus.val_bytes,
         },
         **machine,

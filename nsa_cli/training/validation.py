@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from nsa_cli.data import NO_TARGET
+from nsa_cli.training.batches import Batch
 from nsa_cli.training.signals import Interruption
 
 
@@ -25,25 +29,62 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             model.train(was_training)
 
 
+@dataclass(frozen=True)
+class Validation:
+    """What a validation found. loss: nats per target. accuracy: the share of answers that are right, None without tasks.
+    losses, accuracies: the same for each part of a mixture, by name; empty for a single source."""
+
+    loss: float
+    accuracy: float | None
+    losses: dict[str, float]
+    accuracies: dict[str, float]
+
+    def details(self) -> dict[str, Any]:
+        """What a metrics line says besides the loss."""
+        line: dict[str, Any] = {} if self.accuracy is None else {"val_accuracy": self.accuracy}
+        return line | {f"val_{key}": value for key in ("losses", "accuracies") if (value := getattr(self, key))}
+
+
 def validation_loss(
-    forward: Callable[[Tensor, Tensor], Tensor],
-    batches: Iterator[tuple[Tensor, Tensor]],
+    forward: Callable[..., Tensor],
+    batches: Iterator[Batch],
     *,
     autocast: Callable[[], AbstractContextManager[Any]],
     interruption: Interruption,
-) -> float | None:
-    """Mean cross-entropy in nats per token over the batches; None if a signal came before the last.
+    weights: Mapping[str, float],
+    mean: Callable[[Tensor], Tensor] = lambda total: total,
+) -> Validation | None:
+    """Mean cross-entropy over the targets of each source, and the mean of these by weight; None if a signal came before the
+    last batch.
 
-    Call inside `evaluating`. Sums stay on the device in float64; the host waits once, at the end.
+    mean: over the processes that share the batches out; every one has the same sources.
+    Call inside `evaluating`. Sums stay on the device in float64; the host waits once a source, at the end.
     """
-    total: Tensor | None = None
-    tokens = 0
-    for inputs, targets in batches:
+    totals: dict[str, Tensor] = {}
+    graded: set[str] = set()
+    for batch in batches:
         if interruption:
             return None
+        predicted = (batch.targets != NO_TARGET).sum().double() * batch.share
+        right = torch.zeros_like(predicted)
         with autocast():
-            loss = forward(inputs, targets).double() * targets.numel()
-        total = loss if total is None else total + loss
-        tokens += targets.numel()
-    assert total is not None, "a corpus without validation text is not validated"
-    return float(total.item()) / tokens
+            if batch.graded:
+                logits = forward(batch.inputs, None, batch.cu_seqlens)
+                loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=NO_TARGET)
+                right = (logits.argmax(-1) == batch.targets).sum().double() * batch.share
+                graded.add(batch.source)
+            else:
+                loss = forward(batch.inputs, batch.targets, batch.cu_seqlens)
+        sums = torch.stack((loss.double() * predicted, predicted, right))
+        totals[batch.source] = totals[batch.source] + sums if batch.source in totals else sums
+    assert totals, "a corpus without validation text is not validated"
+    read = {source: mean(total).tolist() for source, total in totals.items()}
+    losses = {source: total / count for source, (total, count, _) in read.items()}
+    accuracies = {source: read[source][2] / read[source][1] for source in losses if source in graded}
+    whole, several = sum(weights[source] for source in losses), len(losses) > 1
+    return Validation(
+        loss=sum(weights[source] / whole * loss for source, loss in losses.items()),
+        accuracy=sum(accuracies.values()) / len(accuracies) if accuracies else None,
+        losses=losses if several else {},
+        accuracies=accuracies if several else {},
+    )

@@ -33,8 +33,8 @@ ITEM = {"forward": 64, "backward": 128}
 """Queries an item of the inverted index, at most."""
 KEY_STAGES = {"num_stages": 2}
 """Of the finishing kernels' loops over forced keys; their tile's stages are those of the loop over partials."""
-KEY_BYTES = 2**16
-"""A selected block's keys, or values, on chip at a time."""
+KEY_BYTES = {2: 2**16, 4: 2**15}
+"""A selected block's keys, or values, on chip at a time, by the bytes of a number (float32's products take registers)."""
 DKV_PROGRAMS = 2048
 """The queries of a compressed key tile's gradient are split until there are about as many programs: it evens out the triangle."""
 
@@ -130,7 +130,7 @@ class Selection:
         self.num_local = config.num_local if forced else 0
         self.free = config.num_selected - self.num_init - self.num_local
         whole = max(16, triton.next_power_of_2(config.select_block))
-        self.bs = min(whole, max(16, KEY_BYTES // (max(p.dk, p.dv) * p.dtype.itemsize)))
+        self.bs = min(whole, max(16, KEY_BYTES[p.dtype.itemsize] // (max(p.dk, p.dv) * p.dtype.itemsize)))
         self.sub = whole // self.bs
         self.places = triton.next_power_of_2(max(self.free, 1)) * self.sub
         self.causal = self.num_local == 0

@@ -76,7 +76,8 @@ TABLE: dict[str, dict[str, Tile]] = {
 def default(kernel: str, row_bytes: int, dtype: torch.dtype) -> Tile:
     """A configuration that fits: small tiles for wide rows, and for float32, whose exact products run on the plain units."""
     if dtype == torch.float32:
-        tile = Tile(32 if row_bytes > 512 else 64, 32 if row_bytes > 256 else 64, 8 if row_bytes > 256 else 4, 1)
+        # Larger tiles spill registers by the ten thousand, and compile for minutes.
+        tile = Tile(32, 32, 8, 1) if row_bytes <= 256 else Tile(16, 16, 8, 1)
         if kernel == "importance":
             return replace(tile, keys=64)
         return tile
