@@ -47,7 +47,8 @@ def poison_losses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def starts_at(step: int, tokens: int) -> list[int]:
-    found = window_starts(tokens, seed=TrainConfig().seed, step=step, batch=WINDOWS, context=CONTEXT)
+    draws = step_draws(seed=TrainConfig().seed, step=step, count=WINDOWS)
+    found = window_starts(draws, tokens, CONTEXT)
     return [int(start) for start in found]
 
 
