@@ -14,7 +14,7 @@ from torch import Tensor
 import nsa_cli.training.loop as loop
 from nsa_cli.checkpoint import load_state
 from nsa_cli.config import TrainConfig
-from nsa_cli.data import Corpus, window_starts
+from nsa_cli.data import Corpus, step_draws, window_starts
 from nsa_cli.errors import ExitCode
 from nsa_cli.training.optim import Diverged
 from tests.training_runs import CONTEXT, hook_losses, records, run, same_tensors, text_corpus, weights
