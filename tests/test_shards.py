@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import struct
+import threading
+import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -248,6 +250,28 @@ def test_tokenizing_that_fails_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(NsaError, match="not UTF-8"):
         load([str(tmp_path / "a.txt")], BPETokenizer(byte_level_spec()), shards=tmp_path / "shards")
     assert not list((tmp_path / "shards").iterdir())
+
+
+def test_processes_that_want_one_shard_wait_for_the_one_that_makes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, real = write_text(tmp_path / "text"), cache.write_shard
+    begun, told = threading.Event(), list[str]()
+
+    def slow(*arguments: Any) -> None:
+        begun.set()
+        time.sleep(0.3)
+        real(*arguments)
+
+    monkeypatch.setattr(cache, "write_shard", slow)
+    options: dict[str, Any] = {"shards": tmp_path / "shards", "notify": told.append}
+    other = threading.Thread(target=load, args=[names], kwargs=options)
+    other.start()
+    assert begun.wait(60)
+    same(load(names, **options), load(names))
+    other.join()
+    assert [line.split()[0] for line in told] == ["tokenizing", "using"]
+    only_shard(tmp_path / "shards")
 
 
 def test_a_folder_that_cannot_be_written_is_named_with_the_flag(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import re
 import secrets
 import stat
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -65,15 +66,31 @@ def sharded_text(
     key = _key(names, tokenizer, text_key)
     stem = "stdin" if names[0] == "-" else re.sub(r"[^\w.-]", "_", Path(names[0]).name)[:40]
     path = folder / f"{stem}-{(key or secrets.token_hex(32))[:16]}{SUFFIX}"
-    if key is not None and path.exists():
-        try:
-            text, _ = read_shard(path)
-        except NsaError as error:
-            notify(f"{error.message}; making it again")
-        else:
-            notify(f"using the token shard {path}")
-            return text
-    notify(f"tokenizing into {path}, which later runs on this text use; --shards FOLDER puts it elsewhere")
+    with _one_at_a_time(path):
+        if path.exists():
+            try:
+                text, _ = read_shard(path)
+            except NsaError as error:
+                notify(f"{error.message}; making it again")
+            else:
+                notify(f"using the token shard {path}")
+                return text
+        notify(f"tokenizing into {path}, which later runs on this text use; --shards FOLDER puts it elsewhere")
+        return _make(path, names, tokenizer, text_key, stdin, broken, notify, keyed=key is not None)
+
+
+def _make(
+    path: Path,
+    names: Sequence[str],
+    tokenizer: Tokenizer,
+    text_key: str,
+    stdin: BinaryIO | None,
+    broken: Broken,
+    notify: Notify,
+    *,
+    keyed: bool,
+) -> TokenText:
+    """The shard at `path`, or, where the text has no key, at a name made of its fingerprint."""
 
     def fill(write: Callable[[npt.NDArray[Any]], None]) -> TextFacts:
         done, told = 0, time.monotonic()
@@ -90,10 +107,26 @@ def sharded_text(
 
     _write(path, lambda target: write_shard(target, tokenizer, fill))
     text, _ = read_shard(path)
-    if key is None:
-        kept = folder / f"{stem}-{text.facts.fingerprint_packed[:16]}{SUFFIX}"
-        path.replace(kept)
+    if not keyed:
+        path.replace(path.with_name(f"{path.name.rsplit('-', 1)[0]}-{text.facts.fingerprint_packed[:16]}{SUFFIX}"))
     return text
+
+
+@contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """Processes that want one shard, as those of a torchrun do, wait for the one that makes it. Where nothing can be locked
+    each makes its own, and the last one stays."""
+    lock = path.with_name(f".{path.name}.lock")
+    with ExitStack() as stack:
+        with suppress(OSError, ImportError):
+            import fcntl
+
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(lock.open("w"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+            # Who still waits for the file that is removed here finds the shard afterwards.
+            stack.callback(lock.unlink, missing_ok=True)
+        yield
 
 
 def _write(path: Path, write: Callable[[Path], None]) -> None:
