@@ -130,7 +130,8 @@ class TrainingReporter:
         share = parameters.get("compression", 0) / max(parameters["total"], 1)
         compression = f" (compression networks {share:.1%})" if kind == "sparse" else ""
         kernel = f", kernel {info['kernel']}" if kind == "sparse" else ""
-        where = f"{info['device']}, {info['dtype']}{kernel}"
+        processes = f"{info['world_size']} processes, " if info["world_size"] > 1 else ""
+        where = f"{processes}{info['device']}, {info['dtype']}{kernel}"
         self._messages.notice(f"{kind} model of {parameters['total']:,} parameters{compression} on {where}")
         tokens = f"{data['train_tokens']:,} tokens to train on, {data['val_tokens']:,} held out"
         resumed = f"; going on from step {info['from_step']}" if "from_step" in info else ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from nsa_cli.errors import ExitCode, NsaError
 if TYPE_CHECKING:
     from nsa_cli.data import Tokenizer
     from nsa_cli.training import RunPaths, TrainResult
+    from nsa_cli.training.distributed import Team
 
 
 def train(
@@ -89,9 +89,20 @@ def train(
 
 def run(data: list[str], settings: Resolved) -> int:
     """Train as the settings say; 0, or 130 and 143 for a run that a signal ended with its state saved."""
+    from nsa_cli.training.distributed import ToldElsewhere, open_team
+
+    try:
+        with open_team(settings["device"]) as team:
+            return _run(data, settings, team)
+    except ToldElsewhere as error:
+        raise typer.Exit(error.exit_code) from error
+
+
+def _run(data: list[str], settings: Resolved, team: Team) -> int:
     from nsa_cli.training.run import RunPaths
 
-    _refuse_many_processes()
+    if not team.alone:
+        _fit_team(data, settings, team)
     resume: Path | None = settings["resume"]
     moves = settings.chosen("out")
     paths = RunPaths.beside(settings["out"]) if resume is None or moves else RunPaths.of_run(resume)
@@ -99,15 +110,19 @@ def run(data: list[str], settings: Resolved) -> int:
         _refuse_preset(settings)
     elif not settings["overwrite"]:
         paths.refuse_existing()
-    result = _train(data, settings, paths)
+    result = _train(data, settings, paths, team)
     return 128 + result.signal if result.signal is not None else 0
 
 
-def _refuse_many_processes() -> None:
-    world = os.environ.get("WORLD_SIZE", "")
-    if world.isdecimal() and int(world) > 1:
-        message = f"WORLD_SIZE={world}: nsa train runs in one process, and these would all write the same files"
-        raise NsaError(message, "run one process, without torchrun", ExitCode.UNAVAILABLE)
+def _fit_team(data: list[str], settings: Resolved, team: Team) -> None:
+    """One of many processes: on its own device, and the first alone speaks."""
+    if "-" in data:
+        message = f"DATA - is stdin, and its text would be torn between {team.world} processes"
+        raise NsaError(message, "write it to a file first", ExitCode.USAGE)
+    settings.derive("device", str(team.device), "a process each")
+    if not team.first:
+        settings.derive("quiet", True, "the first process speaks")
+        settings.derive("verbose", False, "the first process speaks")
 
 
 def _refuse_preset(settings: Resolved) -> None:
@@ -117,7 +132,7 @@ def _refuse_preset(settings: Resolved) -> None:
         raise NsaError(message, "leave --preset out, or start a new run without --resume", ExitCode.USAGE)
 
 
-def _train(data: list[str], settings: Resolved, paths: RunPaths) -> TrainResult:
+def _train(data: list[str], settings: Resolved, paths: RunPaths, team: Team) -> TrainResult:
     from nsa_cli.cli import output
     from nsa_cli.cli.machine import find_machine
     from nsa_cli.data import load_corpus
@@ -157,7 +172,10 @@ def _train(data: list[str], settings: Resolved, paths: RunPaths) -> TrainResult:
             overwrite=settings["overwrite"],
             reporter=reporter,
             notices=[machine.notice] if machine.notice else [],
+            team=team,
         )
+    if not team.first:
+        return result
     if settings["json"]:
         output.write_json({"checkpoint": str(paths.last)})
     else:

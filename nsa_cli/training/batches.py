@@ -25,6 +25,19 @@ class BatchPlan:
     windows: int
     micro: int
 
+    def parts(self, replica: int = 0, replicas: int = 1) -> list[tuple[slice, int]]:
+        """A replica's windows, a micro-batch at a time, and how many of each slice count.
+
+        Consecutive windows, shared out evenly. Every replica has equally many micro-batches, since each may be a meeting
+        of all: one that has no window left takes the first, which counts 0.
+        """
+        low, high = replica * self.windows // replicas, (replica + 1) * self.windows // replicas
+        parts = []
+        for start in range(low, low - (-self.windows // replicas), self.micro):
+            counted = min(start + self.micro, high) - start
+            parts.append((slice(start, start + counted), counted) if counted > 0 else (slice(0, 1), 0))
+        return parts
+
 
 def plan_batches(model_config: ModelConfig, config: TrainConfig) -> BatchPlan:
     """batch_tokens and micro_batch_tokens in windows of one context; NsaError with exit 2 names the flag
@@ -51,24 +64,40 @@ def plan_batches(model_config: ModelConfig, config: TrainConfig) -> BatchPlan:
 
 
 def training_batches(
-    tokens: npt.NDArray[Any], plan: BatchPlan, *, seed: int, step: int, context: int, device: torch.device
+    tokens: npt.NDArray[Any],
+    plan: BatchPlan,
+    *,
+    seed: int,
+    step: int,
+    context: int,
+    device: torch.device,
+    replica: int = 0,
+    replicas: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor, float]]:
-    """The micro-batches of one step: inputs and targets int64 [b, t] on the device, and the share of the step they are.
+    """A replica's micro-batches of one step: inputs and targets int64 [b, t] on the device, and the share of the step
+    they are.
 
-    The shares add up to 1: the sum of share * mean loss is the mean over the step, and so are its gradients.
+    The shares of all replicas add up to 1: the sum of share * mean loss is the mean over the step, and so are its gradients.
     """
     inputs, targets = training_batch(tokens, seed=seed, step=step, batch=plan.windows, context=context)
-    x, y = to_device(inputs, device), to_device(targets, device)
-    for start in range(0, plan.windows, plan.micro):
-        part = slice(start, min(start + plan.micro, plan.windows))
-        yield x[part], y[part], (part.stop - part.start) / plan.windows
+    for part, counted in plan.parts(replica, replicas):
+        yield to_device(inputs[part], device), to_device(targets[part], device), counted / plan.windows
 
 
 def validation_batches(
-    tokens: npt.NDArray[Any], plan: BatchPlan, *, context: int, max_tokens: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and targets int64 [b, t] of the fixed validation windows, b at most the micro-batch's."""
+    tokens: npt.NDArray[Any],
+    plan: BatchPlan,
+    *,
+    context: int,
+    max_tokens: int,
+    device: torch.device,
+    replica: int = 0,
+    replicas: int = 1,
+) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """A replica's share of the fixed validation windows: inputs and targets int64 [b, t], b at most the micro-batch's, and
+    how many of the b count: all, or none where a replica only keeps the others company."""
     windows = validation_windows(tokens, context=context, max_tokens=max_tokens)
-    while pairs := list(islice(windows, plan.micro)):
-        inputs, targets = (np.stack(side) for side in zip(*pairs, strict=True))
-        yield to_device(inputs, device), to_device(targets, device)
+    while pairs := list(islice(windows, plan.micro * replicas)):
+        own = pairs[replica::replicas]
+        inputs, targets = (np.stack(side) for side in zip(*(own or pairs[:1]), strict=True))
+        yield to_device(inputs, device), to_device(targets, device), len(own)

@@ -24,6 +24,7 @@ from nsa_cli.model import Transformer, build_model
 from nsa_cli.ops.dispatch import resolve_kernel
 from nsa_cli.training.batches import BatchPlan, plan_batches, training_batches, validation_batches
 from nsa_cli.training.device import deterministic_on_cpu, explained_errors
+from nsa_cli.training.distributed import Team
 from nsa_cli.training.graphs import CapturedGradients, refuse_cuda_graph
 from nsa_cli.training.metrics import Clock, MetricsLog, bits_per_byte, finite, header_record, machine_record
 from nsa_cli.training.optim import FiniteGuard, clipped_update, make_optimizer
@@ -51,6 +52,7 @@ def train(
     reporter: Reporter | None = None,
     notices: Sequence[str] = (),
     sampler_hook: SamplerHook | None = None,
+    team: Team | None = None,
 ) -> TrainResult:
     """Trains a model from its seed, or from a saved state, and writes `paths`.
 
@@ -62,6 +64,9 @@ def train(
     notices: lines for the metrics header, already shown to the user; a kernel's fallback is added to them and reported.
     sampler_hook(model, step): called after each validation, in eval mode without gradients; its random numbers do not
     disturb the run's.
+    team: the processes that share the work, from `open_team`; every one calls this with the same arguments but `device`.
+    The first alone writes files, has its reporter told, and takes part in nothing else that the others do not. The same
+    tokens give the same losses, within the order of additions, on any number of them.
 
     A BrokenPipeError of the reporter is raised again once state and weights of the step reached are saved.
 
@@ -70,7 +75,8 @@ def train(
     cannot train, a vocabulary that is not the tokenizer's.
     """
     device = torch.device(device)
-    reporter = reporter or SilentReporter()
+    team = team or Team()
+    reporter = team.reporter(reporter or SilentReporter())
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     if dtype not in (torch.bfloat16, torch.float32, torch.float64):
         raise ValueError(f"dtype = {dtype}: must be bfloat16, float32 or float64 (float16 would need loss scaling)")
@@ -84,6 +90,8 @@ def train(
         paths.refuse_existing()
     if saved is not None:
         check_continues(saved, model_config, config, corpus)
+    settings = {"model": model_config.to_dict(), "train": config.to_dict()}
+    team.require_same({"data": corpus.fingerprint, **settings, "step": 0 if saved is None else saved.step})
     sparse = model_config.nsa is not None  # dense attention is SDPA whatever the kernel
     name, fallback = resolve_kernel(kernel, device, allow_fallback=True) if sparse else ("torch", None)
     if fallback is not None:
@@ -96,18 +104,19 @@ def train(
         weights = torch.float64 if dtype is torch.float64 else torch.float32
         model = build_model(model_config, device=device, dtype=weights, kernel="auto" if kernel == "auto" else name)
         if config.cuda_graph:
-            refuse_cuda_graph(device, model.kernel if sparse else "dense")
-        machine = machine_record(model, config, device=device, dtype=dtype, notices=notices)
+            refuse_cuda_graph(device, model.kernel if sparse else "dense", processes=team.world)
+        machine = machine_record(model, config, device=device, dtype=dtype, notices=notices, world_size=team.world)
         header = header_record(model, corpus, machine)
         optimizer, guard = make_optimizer(model, config), FiniteGuard(device)
-        files = RunFiles(paths, model, optimizer, guard, config, corpus, device)
-        log = MetricsLog(paths.metrics)
+        files = RunFiles(paths, model, optimizer, guard, config, corpus, device, team.first)
+        log = team.log(MetricsLog(paths.metrics))
         progress, elapsed_s = Progress(), 0.0
         if saved is not None:
             progress, elapsed_s = files.restore(saved), float(saved.meta["elapsed_s"])
-            for path in files.restore_files(saved, progress):
+            for path in files.restore_files(saved, progress) if team.first else []:
                 reporter.notice(f"restored {path}")
-        run = _Run(files, progress, plan, dtype, Clock(elapsed_s), log, reporter, sampler_hook)
+            progress = Progress(**team.from_first(vars(progress)))
+        run = _Run(files, progress, plan, dtype, Clock(elapsed_s), log, reporter, sampler_hook, team)
         if not moves and progress.step >= config.steps and progress.pending is None:
             reporter.notice(f"{paths.last} has done all of its {config.steps} steps: nothing to do")
             return run.result("finished", None)
@@ -121,9 +130,12 @@ def train(
             log.resume(saved.paths.metrics, progress.step, header, record)
             info = {**header, **record}
         try:
-            with catch_signals() as interruption, run.saved_when_nobody_reads():
-                reporter.start(info)
-                return run.to_the_end(interruption)
+            with catch_signals() as heard, run.saved_when_nobody_reads():
+                run.reporter = team.listened(reporter, heard)
+                run.reporter.start(info)
+                result = run.to_the_end(team.interruption(heard))
+                team.wait()
+                return result
         finally:
             log.close()
 
@@ -141,14 +153,16 @@ class _Run:
         log: MetricsLog,
         reporter: Reporter,
         sampler_hook: SamplerHook | None,
+        team: Team,
     ) -> None:
         self.files, self.progress, self.plan = files, progress, plan
         self.clock, self.log, self.reporter, self.sampler_hook = clock, log, reporter, sampler_hook
         self.model, self.config, self.corpus, self.device = files.model, files.config, files.corpus, files.device
         self.context = self.model.config.context
-        self.forward: Callable[[Tensor, Tensor], Tensor] = self.model
+        self.team, self.wrapped = team, team.wrap(self.model)
+        self.forward: Callable[[Tensor, Tensor], Tensor] = self.wrapped
         if self.config.compile:
-            self.forward = torch.compile(self.model)
+            self.forward = torch.compile(self.wrapped)
         self.dtype = dtype
         self.captured: CapturedGradients | None = None
         if self.config.cuda_graph:
@@ -175,6 +189,7 @@ class _Run:
                 self.finish_step(progress.pending, interruption)
             while progress.step < steps and not interruption:
                 self.step(interruption)
+                interruption.poll()
                 self.reporter.progress(progress.step, steps, self.line)
         done = progress.step >= steps and progress.pending is None
         if not done:
@@ -208,21 +223,32 @@ class _Run:
         """Gradients of the whole batch and one update: mean loss, gradient norm (on the device) and learning rate."""
         seed, train = self.config.seed, self.corpus.train
         total = torch.zeros((), dtype=torch.float32, device=self.device)
-        batches = training_batches(train, self.plan, seed=seed, step=step, context=self.context, device=self.device)
+        batches = training_batches(
+            train, self.plan, seed=seed, step=step, context=self.context, device=self.device, **self.share
+        )
+        team, count = self.team, len(self.plan.parts(**self.share))
+        team.seed(seed, step)
         if self.captured is not None:
             self.captured.begin()
-        for inputs, targets, share in batches:
+        for number, (inputs, targets, share) in enumerate(batches, start=1):
             if self.captured is not None:
                 total += self.captured(inputs, targets, share)
                 continue
-            with self.autocast():
-                loss = self.forward(inputs, targets) * share
-            loss.backward()
+            with team.synchronised(self.wrapped, last=number == count):
+                with self.autocast():
+                    loss = self.forward(inputs, targets) * (share * team.replicas)
+                loss.backward()
             total += loss.detach()
+        total = team.mean(total)
         lr = learning_rate(step, self.config)
         grad_clip = self.config.grad_clip
         norm = clipped_update(self.files.optimizer, self.files.guard, step=step, loss=total, lr=lr, grad_clip=grad_clip)
         return total, norm, lr
+
+    @property
+    def share(self) -> dict[str, int]:
+        """Which of how many shares of a batch this process sees."""
+        return {"replica": self.team.replica, "replicas": self.team.replicas}
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bfloat16 arithmetic over float32 weights when asked for; float32 and float64 need none."""
@@ -272,10 +298,13 @@ class _Run:
         """val_loss and val_bits_per_byte of the weights as they are; None if interrupted. Remembers the best."""
         progress, corpus = self.progress, self.corpus
         batches = validation_batches(
-            corpus.val, self.plan, context=self.context, max_tokens=self.config.eval_tokens, device=self.device
-        )
+            corpus.val, self.plan, context=self.context, max_tokens=self.config.eval_tokens, device=self.device,
+            **self.share,
+        )  # fmt: skip
         with evaluating(self.model):
-            loss = validation_loss(self.forward, batches, autocast=self.autocast, interruption=interruption)
+            loss = validation_loss(
+                self.forward, batches, autocast=self.autocast, interruption=interruption, mean=self.team.mean
+            )
             if loss is None:
                 return None
             if self.sampler_hook is not None:

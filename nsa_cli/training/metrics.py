@@ -1,7 +1,7 @@
 """The record of a run, `ckpt.metrics.jsonl`: one header, then one JSON object for every logged step.
 
 Header ("event": "start"): model, train (the two configurations), parameters (by part), kernel (the one really used),
-notices, device, dtype, compile, data (fingerprint, sources, tokens, bytes), tokenizer, versions.
+notices, device, dtype, compile, world_size (processes), data (fingerprint, sources, tokens, bytes), tokenizer, versions.
 A resumed run adds {"event": "resume", "from_step", and the same description of the machine} where it goes on.
 
 A step's line: step, loss (nats per token, the mean over the step's batch, before its update), bits_per_byte, lr,
@@ -52,15 +52,23 @@ def finite(value: Any) -> Any:
 
 
 def machine_record(
-    model: Transformer, config: TrainConfig, *, device: torch.device, dtype: torch.dtype, notices: Sequence[str]
+    model: Transformer,
+    config: TrainConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    notices: Sequence[str],
+    world_size: int = 1,
 ) -> dict[str, Any]:
-    """What may differ between a run and its resumption: kernel, notices, device, dtype, versions, training settings."""
+    """What may differ between a run and its resumption: kernel, notices, device, dtype, processes, versions, training
+    settings."""
     return {
         "train": config.to_dict(),
         "kernel": model.kernel,
         "notices": list(notices),
         "device": device_name(device),
         "dtype": str(dtype).removeprefix("torch."),
+        "world_size": world_size,
         "compile": config.compile,
         "cuda_graph": config.cuda_graph,
         "versions": {"nsa": nsa_cli.__version__, "torch": torch.__version__, "python": platform.python_version()},

@@ -51,9 +51,13 @@ class RunFiles:
     config: TrainConfig
     corpus: Corpus
     device: torch.device
+    first: bool = True
+    """Whether this process writes: of several that train together one does."""
 
     def save(self, progress: Progress, *, elapsed_s: float) -> None:
         """State, last and, if this step is the best one, best weights. An earlier run's best weights are removed."""
+        if not self.first:
+            return
         self.save_state(progress, elapsed_s=elapsed_s)
         self._save_weights(self.paths.last, progress)
         if progress.best_step == progress.step:
@@ -63,6 +67,8 @@ class RunFiles:
 
     def save_state(self, progress: Progress, *, elapsed_s: float) -> None:
         """The state alone: all that resuming needs."""
+        if not self.first:
+            return
         meta = {
             **vars(progress),
             "elapsed_s": elapsed_s,

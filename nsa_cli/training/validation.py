@@ -27,23 +27,27 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def validation_loss(
     forward: Callable[[Tensor, Tensor], Tensor],
-    batches: Iterator[tuple[Tensor, Tensor]],
+    batches: Iterator[tuple[Tensor, Tensor, int]],
     *,
     autocast: Callable[[], AbstractContextManager[Any]],
     interruption: Interruption,
+    mean: Callable[[Tensor], Tensor],
 ) -> float | None:
     """Mean cross-entropy in nats per token over the batches; None if a signal came before the last.
 
+    batches: (inputs, targets, windows that count). mean: over the processes that share the batches out.
     Call inside `evaluating`. Sums stay on the device in float64; the host waits once, at the end.
     """
     total: Tensor | None = None
     tokens = 0
-    for inputs, targets in batches:
+    for inputs, targets, counted in batches:
+        interruption.poll()
         if interruption:
             return None
         with autocast():
-            loss = forward(inputs, targets).double() * targets.numel()
+            loss = forward(inputs, targets).double() * (counted * targets.shape[1])
         total = loss if total is None else total + loss
-        tokens += targets.numel()
+        tokens += counted * targets.shape[1]
     assert total is not None, "a corpus without validation text is not validated"
-    return float(total.item()) / tokens
+    total, count = mean(torch.stack((total, torch.full_like(total, tokens)))).tolist()
+    return total / count

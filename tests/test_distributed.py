@@ -1,0 +1,140 @@
+"""Training on several processes: what one would have done, one voice, one writer, one end."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nsa_cli.checkpoint import load_state, read_info
+from nsa_cli.cli.app import run as command
+from nsa_cli.cli.resolve import resolve, settings_of
+from nsa_cli.cli.train import _fit_team, train
+from nsa_cli.errors import ExitCode, NsaError
+from nsa_cli.training.batches import BatchPlan
+from nsa_cli.training.distributed import Team, open_team
+from tests.command_line import environment, text
+from tests.processes import UNEVEN, launch, said
+from tests.training_runs import curve, records, run, same_tensors, steps, text_corpus, weights
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    """A folder of its own for each process's text."""
+    for rank in range(4):
+        (tmp_path / str(rank)).mkdir()
+    return tmp_path
+
+
+def same_curve(folder: Path, one: str, other: str) -> None:
+    """Equal losses, validations and gradient norms, but for the order of additions."""
+    first, second = curve(folder, one), curve(folder, other)
+    assert [line["step"] for line in first] == [line["step"] for line in second]
+    for line, again in zip(first, second, strict=True):
+        for key in ("loss", "val_loss", "grad_norm"):
+            assert (key in again) == (key in line), (line["step"], key)
+            assert key not in line or again[key] == pytest.approx(line[key], rel=1e-5), (line["step"], key)
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize(("windows", "micro"), [(5, 2), (1, 1), (8, 3), (4, 9), (16, 1)])
+def test_replicas_share_a_step_once_in_equally_many_parts(windows: int, micro: int, replicas: int) -> None:
+    plan = BatchPlan(windows, micro)
+    shares = [plan.parts(replica, replicas) for replica in range(replicas)]
+    assert len({len(parts) for parts in shares}) == 1
+    seen = [i for parts in shares for part, counted in parts if counted for i in range(part.start, part.stop)]
+    assert seen == list(range(windows))
+    assert all(counted in (0, part.stop - part.start) and part.stop - part.start <= micro for p in shares for part, counted in p)
+    assert max(sum(counted for _, counted in parts) for parts in shares) == -(-windows // replicas)
+
+
+def test_two_processes_train_as_one_and_each_can_go_on_where_the_other_stopped(folders: Path) -> None:
+    corpus = text_corpus(folders)
+    for sparse in (False, True):
+        run(folders, corpus, f"one {sparse}", sparse=sparse, config=UNEVEN)
+    run(folders, corpus, "begun by one", config={**UNEVEN, "steps": 3})
+    assert launch(2, "runs", folders) == [0, 0]
+    for sparse in (False, True):
+        same_curve(folders, f"one {sparse}", f"sparse {sparse}")
+        assert [record["world_size"] for record in records(folders, f"sparse {sparse}")[:1]] == [2]
+    run(folders, corpus, "begun by two", config=UNEVEN, resume=folders / "begun by two.safetensors")
+    for name in ("begun by one", "begun by two"):
+        same_curve(folders, "one False", name)
+        assert [record["world_size"] for record in records(folders, name) if "event" in record] in ([1, 2], [2, 1])
+    assert curve(folders, "whole") == curve(folders, "parts"), "with dropout, the same bits on as many processes"
+    assert same_tensors(weights(folders, "whole"), weights(folders, "parts"))
+    assert not list(folders.glob("**/*.tmp"))
+    # A NaN that one process meets is no process's update.
+    assert [said(folders, rank)["skipped"] for rank in (0, 1)] == [1, 1]
+    assert [line["skipped"] for line in steps(folders, "bad number")] == [0, 0, 1, 1, 1]
+    assert all(bool(tensor.isfinite().all()) for tensor in weights(folders, "bad number").values())
+
+
+def test_four_processes_train_as_one_although_some_have_nothing_to_do(folders: Path) -> None:
+    corpus = text_corpus(folders)
+    for sparse in (False, True):
+        run(folders, corpus, f"one {sparse}", sparse=sparse, config=UNEVEN)
+    assert launch(4, "runs", folders) == [0] * 4
+    for sparse in (False, True):
+        same_curve(folders, f"one {sparse}", f"sparse {sparse}")
+
+
+def test_an_error_on_one_process_ends_all_and_is_told_once(folders: Path) -> None:
+    assert launch(2, "errors", folders) == [0, 0]
+    first, second = (said(folders, rank)["failure"] for rank in (0, 1))
+    assert (second["kind"], second["message"], second["code"]) == ("NsaError", "no room on the second machine", 1)
+    assert (first["kind"], first["code"]) == ("ToldElsewhere", 1)
+    assert "no room on the second machine" in first["message"]
+
+    told = [said(folders, rank)["other data"] for rank in (0, 1)]
+    assert {each["code"] for each in told} == {ExitCode.BAD_INPUT}
+    assert sorted(each["kind"] for each in told) == ["NsaError", "ToldElsewhere"]
+    assert all("process 1 has data" in each["message"] for each in told)
+    assert not list(folders.glob("other data*"))
+
+
+def test_a_signal_to_one_process_stops_all_at_one_step_with_the_state_saved(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(text())
+    assert launch(2, "stopped", tmp_path) == [ExitCode.TERMINATED] * 2
+    _, meta = load_state(tmp_path / "ckpt.state.safetensors")
+    assert meta["step"] == read_info(tmp_path / "ckpt.safetensors").step == steps(tmp_path)[-1]["step"]
+
+
+def test_torchrun_trains_says_everything_once_and_gives_the_losses_of_one_process(
+    tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    (tmp_path / "data.txt").write_text(text())
+    monkeypatch.chdir(tmp_path)
+    line = "train data.txt --sparse --dim 16 --depth 1 --heads 2 --seq-len 32 --batch-tokens 128 --steps 4 --log-every 1"
+    line += " --eval-every 2 --device cpu"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, "-m", "nsa_cli", *line.split(), "--out", "two.safetensors"],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "two.safetensors\n"), done.stderr
+    assert len(re.findall("on 2 processes, cpu", done.stderr)) == 1
+    assert len(re.findall("finished at step 4", done.stderr)) == 1
+    assert command([*line.split(), "--out", "one.safetensors", "-q"]) == 0
+    same_curve(tmp_path, "one", "two")
+
+
+def test_what_many_processes_cannot_share_is_refused(monkeypatch: Any, capsys: Any) -> None:
+    for name, value in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+        monkeypatch.setenv(name, value)
+    with open_team("cpu") as team:
+        assert team.alone
+    # What several processes would tear apart, and one reads.
+    with pytest.raises(NsaError, match="stdin") as caught:
+        _fit_team(["data.txt", "-"], resolve("train", {"train": settings_of(train)}, flags={}, environment={}), Team(1, 2))
+    assert caught.value.exit_code == ExitCode.USAGE
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert command(["train", "data.txt", "--device", "cpu"]) == ExitCode.UNAVAILABLE
+    assert "WORLD_SIZE=2 without MASTER_PORT" in capsys.readouterr().err
+    monkeypatch.setenv("MASTER_PORT", "1")
+    assert command(["train", "data.txt", "--device", "cuda:0"]) == ExitCode.USAGE
+    assert "--device cuda:0 is one GPU" in capsys.readouterr().err
