@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,25 +81,32 @@ def _stop(processes: list[Any], folder: Path) -> None:
 
 def _runs(folder: Path, rank: int) -> dict[str, Any]:
     """Runs that the test makes again in one process, and some that it cannot."""
+    import torch
+
     from nsa_cli.training.distributed import open_team
     from tests.training_runs import run, text_corpus
 
     with open_team("cpu") as team:
         corpus = text_corpus(folder / str(rank))
+        ways = {"ddp": team, "fsdp": replace(team, parallel="fsdp")}
         for sparse in (False, True):
-            run(folder, corpus, f"sparse {sparse}", sparse=sparse, config=UNEVEN, team=team)
+            for name, way in ways.items():
+                run(folder, corpus, f"{name} {sparse}", sparse=sparse, config=UNEVEN, team=way)
         if team.world > 2:
             return {}
-        run(folder, corpus, "begun by one", config=UNEVEN, resume=folder / "begun by one.safetensors", team=team)
-        run(folder, corpus, "begun by two", config={**UNEVEN, "steps": 3}, team=team)
+        for name, way in ways.items():
+            begun = f"{name} after one"
+            run(folder, corpus, begun, config=UNEVEN, resume=folder / f"{begun}.safetensors", team=way)
+            run(folder, corpus, f"one after {name}", config={**UNEVEN, "steps": 3}, team=way)
+            run(folder, corpus, f"bfloat16 {name}", sparse=True, dtype=torch.bfloat16, config=UNEVEN, team=way)
         for name, steps in (("whole", 6), ("parts", 3)):
             run(folder, corpus, name, model={"dropout": 0.1}, config={**UNEVEN, "steps": steps}, team=team)
         resume = folder / "parts.safetensors"
         run(folder, corpus, "parts", model={"dropout": 0.1}, config=UNEVEN, resume=resume, team=team)
-        return {"skipped": _bad_number(folder, team)}
+        return {"skipped": [_bad_number(folder, name, way) for name, way in ways.items()]}
 
 
-def _bad_number(folder: Path, team: Team) -> int:
+def _bad_number(folder: Path, name: str, team: Team) -> int:
     """Skipped updates of a run in which the second process alone meets a NaN, at its third micro-batch."""
     import math
 
@@ -110,7 +118,7 @@ def _bad_number(folder: Path, team: Team) -> int:
         if team.rank == 1:
             hook_losses(patch, lambda call, training, loss: loss * math.nan if training and call == 3 else None)
         corpus, config = text_corpus(folder / str(team.rank)), {"steps": 5, "eval_every": 0}
-        return run(folder, corpus, "bad number", config=config, team=team).skipped
+        return run(folder, corpus, f"bad number {name}", config=config, team=team).skipped
 
 
 def _errors(folder: Path, rank: int) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from nsa_cli.config import (
     Kernel,
     ModelConfig,
     NSAConfig,
+    Parallel,
     Schedule,
     TrainConfig,
 )
@@ -198,6 +199,10 @@ GradClip = Annotated[float | None, _field(_real, "--grad-clip", "Largest gradien
 CudaGraph = Annotated[
     bool | None,
     _field(_flag, "--cuda-graph/--no-cuda-graph", "Replay each step as a CUDA graph: small models train faster.", RUNNING),
+]
+ParallelName = Annotated[
+    Parallel,
+    _flag("--parallel", "Under torchrun each process holds all weights (ddp), or a shard of them (fsdp).", RUNNING),
 ]
 Compile = Annotated[bool | None, _field(_flag, "--compile/--no-compile", "Run the model through torch.compile.", RUNNING)]
 

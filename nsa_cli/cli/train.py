@@ -76,6 +76,7 @@ def train(
     kernel: options.KernelName = "auto",
     compile: options.Compile = None,
     cuda_graph: options.CudaGraph = None,
+    parallel: options.ParallelName = "ddp",
     seed: options.Seed = 1337,
     config: options.Config = None,
 ) -> int:
@@ -92,7 +93,7 @@ def run(data: list[str], settings: Resolved) -> int:
     from nsa_cli.training.distributed import ToldElsewhere, open_team
 
     try:
-        with open_team(settings["device"]) as team:
+        with open_team(settings["device"], settings["parallel"]) as team:
             return _run(data, settings, team)
     except ToldElsewhere as error:
         raise typer.Exit(error.exit_code) from error
@@ -147,6 +148,8 @@ def _train(data: list[str], settings: Resolved, paths: RunPaths, team: Team) -> 
     if settings["verbose"]:
         messages.list_settings(settings.report())
     machine = find_machine(settings, allow_fallback=True)
+    if team.alone and settings["parallel"] == "fsdp":
+        messages.notice("--parallel fsdp has nothing to share out: this is one process, not several under torchrun")
     if machine.notice:
         messages.notice(machine.notice)
     if "-" in data and sys.stdin.isatty():

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+from nsa_cli.config import Parallel
 from nsa_cli.errors import ExitCode, NsaError
 from nsa_cli.training.metrics import MetricsLog
 from nsa_cli.training.run import Reporter, SilentReporter
@@ -47,12 +48,14 @@ class ToldElsewhere(NsaError):
 class Team:
     """The processes of one run, seen from one of them.
 
-    rank: its number. world: how many there are. device: its own; None when alone, where the caller chooses.
+    rank: its number. world: how many there are. device: its own; None when alone, where the caller chooses. parallel: what
+    they hold: "ddp", each a whole copy of weights and moments, or "fsdp", each a shard of them.
     """
 
     rank: int = 0
     world: int = 1
     device: torch.device | None = None
+    parallel: Parallel = "ddp"
 
     @property
     def alone(self) -> bool:
@@ -65,6 +68,19 @@ class Team:
         return self.rank == 0
 
     @property
+    def sharded(self) -> bool:
+        """Whether no process holds the whole model."""
+        return not self.alone and self.parallel == "fsdp"
+
+    def record(self) -> dict[str, Any]:
+        """How many processes there are and how they share the work, for the metrics header."""
+        return {"world_size": self.world, "parallel": None if self.alone else self.parallel}
+
+    def weights_device(self, device: torch.device) -> torch.device:
+        """Where whole weights lie before the first step: a model that is sharded may be too large for one GPU."""
+        return torch.device("cpu") if self.sharded else device
+
+    @property
     def replicas(self) -> int:
         """Copies of the model that each see windows of their own."""
         return self.world
@@ -75,14 +91,15 @@ class Team:
         return self.rank
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model as a step calls it: its gradients become the mean over the processes, its weights process 0's."""
-        if self.alone:
+        """The model as a step calls it: its gradients become the mean over the processes. A sharded model does so itself."""
+        if self.alone or self.sharded:
             return model
         own = [self.device] if self.device is not None and self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=own, gradient_as_bucket_view=True)
 
     def synchronised(self, wrapped: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
-        """Around forward and backward of a micro-batch: only the last one of a step sends its gradients."""
+        """Around forward and backward of a micro-batch: only the last one of a step sends its gradients, unless they would
+        otherwise have to be held whole."""
         if isinstance(wrapped, DistributedDataParallel) and not last:
             return wrapped.no_sync()
         return nullcontext()
@@ -203,11 +220,11 @@ class _NoLog(MetricsLog):
 
 
 @contextmanager
-def open_team(device: str = "auto") -> Iterator[Team]:
+def open_team(device: str = "auto", parallel: Parallel = "ddp") -> Iterator[Team]:
     """The processes that torchrun started, joined for the time of the context; alone where it did not.
 
     device: --device's value; each process gets a GPU of its own (cuda:LOCAL_RANK), or the CPU. GPUs speak through NCCL, and
-    what the hosts tell each other goes through gloo.
+    what the hosts tell each other goes through gloo. parallel: see Team.
 
     An error inside is told once: the first process that has one raises it, and on the others, which fail in the next
     collective call, ToldElsewhere is raised. Errors of its own: NsaError, exit 2 for a device that many cannot share, 5
@@ -215,7 +232,7 @@ def open_team(device: str = "auto") -> Iterator[Team]:
     """
     world = os.environ.get("WORLD_SIZE", "")
     if not world.isdecimal() or int(world) <= 1:
-        yield Team()
+        yield Team(parallel=parallel)
         return
     if missing := [name for name in _LAUNCHED if not os.environ.get(name)]:
         message = f"WORLD_SIZE={world} without {missing[0]}: torchrun sets all of {', '.join(_LAUNCHED)}"
@@ -229,7 +246,7 @@ def open_team(device: str = "auto") -> Iterator[Team]:
     store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     try:
-        team = Team(rank, size, own)
+        team = Team(rank, size, own, parallel)
         yield team
         team.wait()
     except Exception as error:

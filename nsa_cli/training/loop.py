@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +103,13 @@ def train(
     with deterministic_on_cpu(device):
         torch.manual_seed(config.seed)
         weights = torch.float64 if dtype is torch.float64 else torch.float32
-        model = build_model(model_config, device=device, dtype=weights, kernel="auto" if kernel == "auto" else name)
+        model = build_model(
+            model_config, device=device, dtype=weights, kernel="auto" if kernel == "auto" else name,
+            weights_device=team.weights_device(device),
+        )  # fmt: skip
         if config.cuda_graph:
             refuse_cuda_graph(device, model.kernel if sparse else "dense", processes=team.world)
-        machine = machine_record(model, config, device=device, dtype=dtype, notices=notices, world_size=team.world)
+        machine = machine_record(model, config, device=device, dtype=dtype, notices=notices, processes=team.record())
         header = header_record(model, corpus, machine)
         optimizer, guard = make_optimizer(model, config), FiniteGuard(device)
         files = RunFiles(paths, model, optimizer, guard, config, corpus, device, team.first)
@@ -116,6 +120,11 @@ def train(
             for path in files.restore_files(saved, progress) if team.first else []:
                 reporter.notice(f"restored {path}")
             progress = Progress(**team.from_first(vars(progress)))
+        if team.sharded:
+            from nsa_cli.training.sharding import gather, shard
+
+            optimizer = shard(model, optimizer, config, device=device, world=team.world, dtype=dtype)
+            files = replace(files, optimizer=optimizer, gather=gather)
         run = _Run(files, progress, plan, dtype, Clock(elapsed_s), log, reporter, sampler_hook, team)
         if not moves and progress.step >= config.steps and progress.pending is None:
             reporter.notice(f"{paths.last} has done all of its {config.steps} steps: nothing to do")

@@ -1,7 +1,8 @@
 """The record of a run, `ckpt.metrics.jsonl`: one header, then one JSON object for every logged step.
 
 Header ("event": "start"): model, train (the two configurations), parameters (by part), kernel (the one really used),
-notices, device, dtype, compile, world_size (processes), data (fingerprint, sources, tokens, bytes), tokenizer, versions.
+notices, device, dtype, compile, world_size (processes), parallel, data (fingerprint, sources, tokens, bytes), tokenizer,
+versions.
 A resumed run adds {"event": "resume", "from_step", and the same description of the machine} where it goes on.
 
 A step's line: step, loss (nats per token, the mean over the step's batch, before its update), bits_per_byte, lr,
@@ -18,7 +19,7 @@ import math
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -58,7 +59,7 @@ def machine_record(
     device: torch.device,
     dtype: torch.dtype,
     notices: Sequence[str],
-    world_size: int = 1,
+    processes: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What may differ between a run and its resumption: kernel, notices, device, dtype, processes, versions, training
     settings."""
@@ -68,7 +69,7 @@ def machine_record(
         "notices": list(notices),
         "device": device_name(device),
         "dtype": str(dtype).removeprefix("torch."),
-        "world_size": world_size,
+        **processes,
         "compile": config.compile,
         "cuda_graph": config.cuda_graph,
         "versions": {"nsa": nsa_cli.__version__, "torch": torch.__version__, "python": platform.python_version()},
