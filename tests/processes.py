@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 from tests.command_line import ROOT, environment
 
 if TYPE_CHECKING:
+    from nsa_cli.model.parallel import ContextParallel
     from nsa_cli.training.distributed import Team
 
-CONSTANT = {"schedule": "constant", "eval_every": 3, "save_every": 0}
-UNEVEN = {**CONSTANT, "steps": 6, "batch_tokens": 5 * 32, "micro_batch_tokens": 2 * 32, "eval_tokens": 5 * 32}
+CONSTANT = {"schedule": "constant", "eval_every": 2, "save_every": 0}
+UNEVEN = {**CONSTANT, "steps": 4, "batch_tokens": 5 * 32, "micro_batch_tokens": 2 * 32, "eval_tokens": 5 * 32}
 """Five windows a step and a validation: no number of processes but one shares them out evenly."""
 
 
@@ -82,28 +83,70 @@ def _stop(processes: list[Any], folder: Path) -> None:
 def _runs(folder: Path, rank: int) -> dict[str, Any]:
     """Runs that the test makes again in one process, and some that it cannot."""
     import torch
+    import torch.distributed as dist
 
+    from nsa_cli.model.parallel import ContextParallel
     from nsa_cli.training.distributed import open_team
     from tests.training_runs import run, text_corpus
 
-    with open_team("cpu") as team:
-        corpus = text_corpus(folder / str(rank))
+    with open_team("cpu", context=2) as pairs:
+        corpus, team = text_corpus(folder / str(rank)), replace(pairs, context=None)
         ways = {"ddp": team, "fsdp": replace(team, parallel="fsdp")}
-        for sparse in (False, True):
-            for name, way in ways.items():
+        shared = {"context ddp": pairs, "context fsdp": replace(pairs, parallel="fsdp")}
+        for sparse in (False, True) if team.world == 2 else (True,):
+            for name, way in (ways | shared).items():
                 run(folder, corpus, f"{name} {sparse}", sparse=sparse, config=UNEVEN, team=way)
+        assert dist.group.WORLD is not None
+        told: dict[str, Any] = {"differences": _differences(ContextParallel(dist.group.WORLD, rank, team.world))}
         if team.world > 2:
-            return {}
+            return told
         for name, way in ways.items():
             begun = f"{name} after one"
             run(folder, corpus, begun, config=UNEVEN, resume=folder / f"{begun}.safetensors", team=way)
-            run(folder, corpus, f"one after {name}", config={**UNEVEN, "steps": 3}, team=way)
+            run(folder, corpus, f"one after {name}", config={**UNEVEN, "steps": 2}, team=way)
             run(folder, corpus, f"bfloat16 {name}", sparse=True, dtype=torch.bfloat16, config=UNEVEN, team=way)
-        for name, steps in (("whole", 6), ("parts", 3)):
+        for name, steps in (("whole", 4), ("parts", 2)):
             run(folder, corpus, name, model={"dropout": 0.1}, config={**UNEVEN, "steps": steps}, team=team)
         resume = folder / "parts.safetensors"
         run(folder, corpus, "parts", model={"dropout": 0.1}, config=UNEVEN, resume=resume, team=team)
-        return {"skipped": [_bad_number(folder, name, way) for name, way in ways.items()]}
+        return told | {"skipped": [_bad_number(folder, name, way) for name, way in ways.items()]}
+
+
+def _differences(parallel: ContextParallel) -> dict[str, float]:
+    """One sequence over all processes against each process's own pass over the whole: the largest differences."""
+    import torch
+    import torch.distributed as dist
+
+    from tests.models import DENSE, SPARSE, random_ids, random_model, with_nsa
+
+    def mean(x: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(x)
+        return x / parallel.size
+
+    told: dict[str, float] = {}
+    shared_kv = with_nsa(branch_kv="shared", compress_rope="block")
+    for name, config in {"dense": DENSE, "sparse": SPARSE, "shared": shared_kv}.items():
+        for tokens in (96, 2 * parallel.size):  # some queries each, and one query a piece
+            torch.manual_seed(tokens)
+            model = random_model(replace(config, depth=1), dtype=torch.float32, std=0.2)
+            ids, targets = random_ids(2, tokens), random_ids(2, tokens)
+            whole = model(ids, targets)
+            whole.backward()
+            wanted = {key: parameter.grad for key, parameter in model.named_parameters()}
+            logits = model(ids).detach()
+            model.zero_grad()
+            model.context_parallel = parallel
+            part = model(ids, targets)
+            part.backward()
+            far = [float((model(ids) - parallel.split(logits)).abs().max())]
+            far.append(abs(float(mean(part.detach()) - whole)))
+            for key, parameter in model.named_parameters():
+                assert parameter.grad is not None
+                want = wanted[key]
+                assert want is not None
+                far.append(float((mean(parameter.grad) - want).norm() / want.norm().clamp(min=1e-6)))
+            told[f"{name} {tokens}"] = max(far)
+    return told
 
 
 def _bad_number(folder: Path, name: str, team: Team) -> int:

@@ -16,6 +16,7 @@ from nsa_cli.cli.app import run as command
 from nsa_cli.cli.resolve import resolve, settings_of
 from nsa_cli.cli.train import _fit_team, train
 from nsa_cli.errors import ExitCode, NsaError
+from nsa_cli.model.parallel import ContextParallel
 from nsa_cli.training.batches import BatchPlan
 from nsa_cli.training.distributed import Team, open_team
 from tests.command_line import environment, text
@@ -41,6 +42,14 @@ def same_curve(folder: Path, one: str, other: str, rel: float = 1e-5) -> None:
             assert key not in line or again[key] == pytest.approx(line[key], rel=rel), (line["step"], key)
 
 
+def same_over_all(folder: Path, world: int) -> None:
+    """A sequence over all processes: logits, loss and gradients of one, dense and sparse, to 1e-5 in float32."""
+    for rank in range(world):
+        differences = said(folder, rank)["differences"]
+        assert len(differences) == 6
+        assert all(value < 1e-5 for value in differences.values()), differences
+
+
 @pytest.mark.parametrize("replicas", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize(("windows", "micro"), [(5, 2), (1, 1), (8, 3), (4, 9), (16, 1)])
 def test_replicas_share_a_step_once_in_equally_many_parts(windows: int, micro: int, replicas: int) -> None:
@@ -54,6 +63,8 @@ def test_replicas_share_a_step_once_in_equally_many_parts(windows: int, micro: i
 
 
 WAYS = ("ddp", "fsdp")
+PAIRED = ("context ddp", "context fsdp")
+"""Two processes a sequence."""
 
 
 def test_two_processes_train_as_one_and_each_can_go_on_where_the_other_stopped(folders: Path) -> None:
@@ -62,8 +73,12 @@ def test_two_processes_train_as_one_and_each_can_go_on_where_the_other_stopped(f
         run(folders, corpus, f"one {sparse}", sparse=sparse, config=UNEVEN)
     run(folders, corpus, "bfloat16 one", sparse=True, dtype=torch.bfloat16, config=UNEVEN)
     for way in WAYS:
-        run(folders, corpus, f"{way} after one", config={**UNEVEN, "steps": 3})
+        run(folders, corpus, f"{way} after one", config={**UNEVEN, "steps": 2})
     assert launch(2, "runs", folders) == [0, 0]
+    for way in PAIRED:
+        for sparse in (False, True):
+            same_curve(folders, f"one {sparse}", f"{way} {sparse}")
+    same_over_all(folders, 2)
     for way in WAYS:
         for sparse in (False, True):
             same_curve(folders, f"one {sparse}", f"{way} {sparse}")
@@ -85,13 +100,34 @@ def test_two_processes_train_as_one_and_each_can_go_on_where_the_other_stopped(f
 
 
 def test_four_processes_train_as_one_although_some_have_nothing_to_do(folders: Path) -> None:
-    corpus = text_corpus(folders)
-    for sparse in (False, True):
-        run(folders, corpus, f"one {sparse}", sparse=sparse, config=UNEVEN)
+    run(folders, text_corpus(folders), "one", sparse=True, config=UNEVEN)
     assert launch(4, "runs", folders) == [0] * 4
-    for way in WAYS:
-        for sparse in (False, True):
-            same_curve(folders, f"one {sparse}", f"{way} {sparse}")
+    for way in WAYS + PAIRED:
+        same_curve(folders, "one", f"{way} True")
+        assert records(folders, f"{way} True")[0]["context_parallel"] == (2 if way in PAIRED else 1)
+    same_over_all(folders, 4)
+
+
+def test_pieces_are_shared_in_a_way_that_balances_the_causal_triangle() -> None:
+    for size in (1, 2, 3, 4):
+        sharers = [ContextParallel(None, rank, size) for rank in range(size)]  # type: ignore[arg-type]
+        tokens = 24 * size
+        seen = [sharer.split(torch.arange(tokens), 0) for sharer in sharers]
+        assert torch.equal(torch.cat(seen).sort().values, torch.arange(tokens))
+        assert len({int((positions + 1).sum()) for positions in seen}) == 1, "equally many (query, key) pairs each"
+        with pytest.raises(ValueError, match=f"a multiple of {2 * size}"):
+            sharers[0].ranges(tokens + 1)
+
+
+def test_a_context_that_cannot_be_shared_is_refused_with_one_that_can() -> None:
+    team = Team(0, 4, context=ContextParallel(None, 0, 4))  # type: ignore[arg-type]
+    team.require_context(64)
+    with pytest.raises(NsaError, match="--seq-len 60 cannot be cut into 8") as caught:
+        team.require_context(60)
+    assert (caught.value.exit_code, caught.value.hint) == (ExitCode.USAGE, "--seq-len 64 can")
+    alone = "--context-parallel 2: must divide the processes, of which there is one"
+    with pytest.raises(NsaError, match=alone), open_team(context=2):
+        pass
 
 
 def test_an_error_on_one_process_ends_all_and_is_told_once(folders: Path) -> None:

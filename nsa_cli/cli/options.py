@@ -204,6 +204,9 @@ ParallelName = Annotated[
     Parallel,
     _flag("--parallel", "Under torchrun each process holds all weights (ddp), or a shard of them (fsdp).", RUNNING),
 ]
+ContextProcesses = Annotated[
+    int, _count("--context-parallel", "Under torchrun, processes that share one sequence: for a long --seq-len.", RUNNING)
+]
 Compile = Annotated[bool | None, _field(_flag, "--compile/--no-compile", "Run the model through torch.compile.", RUNNING)]
 
 # Data.

@@ -131,6 +131,8 @@ class TrainingReporter:
         compression = f" (compression networks {share:.1%})" if kind == "sparse" else ""
         kernel = f", kernel {info['kernel']}" if kind == "sparse" else ""
         processes = f"{info['world_size']} processes ({info['parallel']}), " if info["world_size"] > 1 else ""
+        if info["context_parallel"] > 1:
+            processes += f"{info['context_parallel']} of them a sequence, "
         where = f"{processes}{info['device']}, {info['dtype']}{kernel}"
         self._messages.notice(f"{kind} model of {parameters['total']:,} parameters{compression} on {where}")
         tokens = f"{data['train_tokens']:,} tokens to train on, {data['val_tokens']:,} held out"

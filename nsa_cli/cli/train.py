@@ -77,6 +77,7 @@ def train(
     compile: options.Compile = None,
     cuda_graph: options.CudaGraph = None,
     parallel: options.ParallelName = "ddp",
+    context_parallel: options.ContextProcesses = 1,
     seed: options.Seed = 1337,
     config: options.Config = None,
 ) -> int:
@@ -93,7 +94,7 @@ def run(data: list[str], settings: Resolved) -> int:
     from nsa_cli.training.distributed import ToldElsewhere, open_team
 
     try:
-        with open_team(settings["device"], settings["parallel"]) as team:
+        with open_team(settings["device"], settings["parallel"], settings["context_parallel"]) as team:
             return _run(data, settings, team)
     except ToldElsewhere as error:
         raise typer.Exit(error.exit_code) from error

@@ -11,9 +11,11 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 from nsa_cli.config import ModelConfig
 from nsa_cli.model.cache import Cache, LayerCache
+from nsa_cli.model.parallel import ContextParallel
 from nsa_cli.model.rotary import Rotary, rotate
 
 MASK_ELEMENTS = 2**25
@@ -28,6 +30,7 @@ class Geometry:
     cu_seqlens: packed documents, or None. block_starts: for packed documents, the first token of every compressed block;
     block_positions: each compressed block's first position in its document.
     cache: the sequences so far, or None. first: whether the cache is empty, so that the pass is an ordinary one.
+    parallel: the processes that share the sequence, or None; positions are then those of this one's tokens.
     """
 
     rotary: Rotary
@@ -38,6 +41,7 @@ class Geometry:
     block_positions: Tensor | None = None
     cache: Cache | None = None
     first: bool = True
+    parallel: ContextParallel | None = None
 
     def append(self, layer: LayerCache, name: str, x: Tensor) -> Tensor:
         """Write the pass's tokens x [b, g, t, d] into a buffer; all tokens so far [b, g, s, d] come back."""
@@ -75,6 +79,8 @@ class DenseAttention(nn.Module):
         if layer is not None:
             all_k, all_v = geometry.append(layer, "k", k), geometry.append(layer, "v", v)
         first, positions = geometry.first, geometry.positions
+        if geometry.parallel is not None:
+            return self.to_out(rearrange(self._shared(q, k, v, geometry.parallel), "b h t d -> b t (h d)"))
         out = self._causal(q, k, v, geometry.cu_seqlens) if first else self._cached(q, all_k, all_v, positions)
         return self.to_out(rearrange(out, "b h t d -> b t (h d)"))
 
@@ -90,6 +96,21 @@ class DenseAttention(nn.Module):
             ],
             2,
         )
+
+    def _shared(self, q: Tensor, k: Tensor, v: Tensor, parallel: ContextParallel) -> Tensor:
+        """This process's queries against the keys of all: each of its two pieces is the end of a causal triangle, and so is
+        any part of one. On a CPU, where the mask is a tensor, they go in parts that keep it small."""
+        k, v = parallel.gather(k, v)
+        gqa, p = self.heads != self.kv_heads, self.dropout if self.training else 0.0
+        outs = []
+        for piece, (start, stop) in zip(q.chunk(2, 2), parallel.ranges(k.shape[2]), strict=True):
+            part = stop - start if q.is_cuda else max(MASK_ELEMENTS // stop, 1)
+            for queries in piece.split(part, 2):
+                start += queries.shape[2]
+                mask = causal_lower_right(queries.shape[2], start)
+                keys, values = k[:, :, :start], v[:, :, :start]
+                outs.append(F.scaled_dot_product_attention(queries, keys, values, mask, dropout_p=p, enable_gqa=gqa))
+        return torch.cat(outs, 2)
 
     def _causal(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         gqa, p = self.heads != self.kv_heads, self.dropout if self.training else 0.0

@@ -64,21 +64,32 @@ class SparseAttention(nn.Module):
         q_cmp = turned if self.nsa.compress_rope == "block" else q
         if layer is not None:
             caches = self._append(geometry, layer, (k_raw, v_raw, k_slc, v_slc, k_win, v_win))
+        if geometry.parallel is not None:
+            sets = (k_raw, v_raw, k_slc) if self.sets == 1 else (k_raw, v_raw, k_slc, v_slc, k_win, v_win)
+            k_raw, v_raw, k_slc, *more = geometry.parallel.gather(*sets)
+            v_slc, k_win, v_win = more or (v_raw, k_slc, v_raw)
         if geometry.first:
             k_cmp = self._compress_keys(k_raw, geometry)
             v_cmp = self.compress_v.compress(v_raw, geometry.block_starts, self.kernel)
             if layer is not None:
                 self._store_blocks(geometry, layer, k_cmp, v_cmp)
-            positions = None
+            positions = None if geometry.parallel is None else geometry.positions.expand(x.shape[0], -1)
         else:
             k_slc, v_slc, k_win, v_win, k_cmp, v_cmp = self._extend_blocks(geometry, layer, *caches)
             positions = geometry.positions
         dtype = turned.dtype
         k_cmp, v_cmp = k_cmp.to(dtype), v_cmp.to(dtype)
-        out, block_indices = nsa_attention_and_selection(
-            turned, k_slc, v_slc, k_cmp, v_cmp, gates, self.nsa, q_cmp=q_cmp, k_win=k_win, v_win=v_win,
-            kernel=self.kernel, cu_seqlens=geometry.cu_seqlens, positions=positions,
-        )  # fmt: skip
+        # Of a sequence that processes share, each of the two pieces is a call: its queries lie side by side.
+        pieces = [x.chunk(1 if geometry.parallel is None else 2, 2) for x in (turned, gates, q_cmp)]
+        places = [positions] if positions is None else positions.chunk(len(pieces[0]), 1)
+        parts = [
+            nsa_attention_and_selection(
+                q_piece, k_slc, v_slc, k_cmp, v_cmp, gates_piece, self.nsa, q_cmp=q_cmp_piece, k_win=k_win, v_win=v_win,
+                kernel=self.kernel, cu_seqlens=geometry.cu_seqlens, positions=at,
+            )
+            for q_piece, gates_piece, q_cmp_piece, at in zip(*pieces, places, strict=True)
+        ]  # fmt: skip
+        out, block_indices = parts[0] if len(parts) == 1 else (torch.cat(each, 2) for each in zip(*parts, strict=True))
         if self.recorder is not None:
             self.recorder(q_cmp, k_cmp, block_indices, gates)
         return self.to_out(rearrange(out, "b h t d -> b t (h d)"))

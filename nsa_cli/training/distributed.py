@@ -29,6 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nsa_cli.config import Parallel
 from nsa_cli.errors import ExitCode, NsaError
+from nsa_cli.model import Transformer
+from nsa_cli.model.parallel import ContextParallel
 from nsa_cli.training.metrics import MetricsLog
 from nsa_cli.training.run import Reporter, SilentReporter
 from nsa_cli.training.signals import Interruption
@@ -49,13 +51,15 @@ class Team:
     """The processes of one run, seen from one of them.
 
     rank: its number. world: how many there are. device: its own; None when alone, where the caller chooses. parallel: what
-    they hold: "ddp", each a whole copy of weights and moments, or "fsdp", each a shard of them.
+    they hold: "ddp", each a whole copy of weights and moments, or "fsdp", each a shard of them. context: those of them that
+    share every sequence with this one; None where each has sequences of its own.
     """
 
     rank: int = 0
     world: int = 1
     device: torch.device | None = None
     parallel: Parallel = "ddp"
+    context: ContextParallel | None = None
 
     @property
     def alone(self) -> bool:
@@ -74,7 +78,15 @@ class Team:
 
     def record(self) -> dict[str, Any]:
         """How many processes there are and how they share the work, for the metrics header."""
-        return {"world_size": self.world, "parallel": None if self.alone else self.parallel}
+        return {
+            "world_size": self.world,
+            "parallel": None if self.alone else self.parallel,
+            "context_parallel": self._sharers,
+        }
+
+    @property
+    def _sharers(self) -> int:
+        return 1 if self.context is None else self.context.size
 
     def weights_device(self, device: torch.device) -> torch.device:
         """Where whole weights lie before the first step: a model that is sharded may be too large for one GPU."""
@@ -83,12 +95,29 @@ class Team:
     @property
     def replicas(self) -> int:
         """Copies of the model that each see windows of their own."""
-        return self.world
+        return self.world // self._sharers
 
     @property
     def replica(self) -> int:
         """The number of this process's copy."""
-        return self.rank
+        return self.rank // self._sharers
+
+    def require_context(self, tokens: int) -> None:
+        """NsaError with exit 2 for a context that the processes of a sequence cannot share evenly."""
+        pieces = 2 * self._sharers
+        if self.context is not None and tokens % pieces:
+            message = f"--seq-len {tokens} cannot be cut into {pieces} equal pieces, two for each process of a sequence"
+            nearest = max(1, round(tokens / pieces)) * pieces
+            raise NsaError(message, f"--seq-len {nearest} can", ExitCode.USAGE)
+
+    @contextmanager
+    def sequences_whole(self, model: Transformer) -> Iterator[None]:
+        """The model as every process runs it for itself: to sample from, where nothing is shared."""
+        shared, model.context_parallel = model.context_parallel, None
+        try:
+            yield
+        finally:
+            model.context_parallel = shared
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model as a step calls it: its gradients become the mean over the processes. A sharded model does so itself."""
@@ -220,25 +249,31 @@ class _NoLog(MetricsLog):
 
 
 @contextmanager
-def open_team(device: str = "auto", parallel: Parallel = "ddp") -> Iterator[Team]:
+def open_team(device: str = "auto", parallel: Parallel = "ddp", context: int = 1) -> Iterator[Team]:
     """The processes that torchrun started, joined for the time of the context; alone where it did not.
 
     device: --device's value; each process gets a GPU of its own (cuda:LOCAL_RANK), or the CPU. GPUs speak through NCCL, and
-    what the hosts tell each other goes through gloo. parallel: see Team.
+    what the hosts tell each other goes through gloo. parallel: see Team. context: processes that share a
+    sequence, neighbours by rank; it divides their number.
 
     An error inside is told once: the first process that has one raises it, and on the others, which fail in the next
-    collective call, ToldElsewhere is raised. Errors of its own: NsaError, exit 2 for a device that many cannot share, 5
-    for too few GPUs or a launcher that is not torchrun.
+    collective call, ToldElsewhere is raised. Errors of its own: NsaError, exit 2 for a device that many cannot share and for a
+    context that does not divide them, 5 for too few GPUs or a launcher that is not torchrun.
     """
     world = os.environ.get("WORLD_SIZE", "")
-    if not world.isdecimal() or int(world) <= 1:
+    processes = int(world) if world.isdecimal() and int(world) > 1 else 1
+    if context < 1 or processes % context:
+        message = f"--context-parallel {context}: must divide the processes, of which there {_are(processes)}"
+        hint = f"torchrun --nproc-per-node {max(context, 2)} -m nsa_cli train ... starts more; 1 is the default"
+        raise NsaError(message, hint, ExitCode.USAGE)
+    if processes == 1:
         yield Team(parallel=parallel)
         return
     if missing := [name for name in _LAUNCHED if not os.environ.get(name)]:
         message = f"WORLD_SIZE={world} without {missing[0]}: torchrun sets all of {', '.join(_LAUNCHED)}"
         hint = "torchrun --nproc-per-node 2 -m nsa_cli train ..., or unset WORLD_SIZE to run one process"
         raise NsaError(message, hint, ExitCode.UNAVAILABLE)
-    own = _own_device(device, int(os.environ["LOCAL_RANK"]), int(world))
+    own = _own_device(device, int(os.environ["LOCAL_RANK"]), processes)
     backend = "gloo"
     if own.type == "cuda":
         torch.cuda.set_device(own)
@@ -246,13 +281,21 @@ def open_team(device: str = "auto", parallel: Parallel = "ddp") -> Iterator[Team
     store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     try:
-        team = Team(rank, size, own, parallel)
+        sharers = None
+        if context > 1:
+            group, _ = dist.new_subgroups(context, timeout=TIMEOUT)
+            sharers = ContextParallel(group, rank % context, context)
+        team = Team(rank, size, own, parallel, sharers)
         yield team
         team.wait()
     except Exception as error:
         raise _told_once(error, store, rank) from error
     finally:
         dist.destroy_process_group()
+
+
+def _are(processes: int) -> str:
+    return "is one" if processes == 1 else f"are {processes}"
 
 
 def _own_device(name: str, local: int, world: int) -> torch.device:

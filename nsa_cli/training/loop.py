@@ -85,6 +85,7 @@ def train(
         size = corpus.tokenizer.vocab_size
         raise ValueError(f"vocab_size = {model_config.vocab_size}: must be the tokenizer's {size}")
     plan = plan_batches(model_config, config)
+    team.require_context(model_config.context)
     saved = None if resume is None else read_run(resume)
     moves = saved is None or saved.moves_to(paths)
     if moves and not overwrite:
@@ -107,6 +108,7 @@ def train(
             model_config, device=device, dtype=weights, kernel="auto" if kernel == "auto" else name,
             weights_device=team.weights_device(device),
         )  # fmt: skip
+        model.context_parallel = team.context
         if config.cuda_graph:
             refuse_cuda_graph(device, model.kernel if sparse else "dense", processes=team.world)
         machine = machine_record(model, config, device=device, dtype=dtype, notices=notices, processes=team.record())
@@ -317,7 +319,8 @@ class _Run:
             if loss is None:
                 return None
             if self.sampler_hook is not None:
-                self.sampler_hook(self.model, progress.step)
+                with self.team.sequences_whole(self.model):
+                    self.sampler_hook(self.model, progress.step)
         progress.val_loss = loss if math.isfinite(loss) else None
         if progress.val_loss is not None and (progress.best_val_loss is None or loss < progress.best_val_loss):
             progress.best_val_loss, progress.best_step = loss, progress.step

@@ -1,8 +1,8 @@
 """The record of a run, `ckpt.metrics.jsonl`: one header, then one JSON object for every logged step.
 
 Header ("event": "start"): model, train (the two configurations), parameters (by part), kernel (the one really used),
-notices, device, dtype, compile, world_size (processes), parallel, data (fingerprint, sources, tokens, bytes), tokenizer,
-versions.
+notices, device, dtype, compile, world_size (processes), parallel, context_parallel, data (fingerprint, sources, tokens,
+bytes), tokenizer, versions.
 A resumed run adds {"event": "resume", "from_step", and the same description of the machine} where it goes on.
 
 A step's line: step, loss (nats per token, the mean over the step's batch, before its update), bits_per_byte, lr,
