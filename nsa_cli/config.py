@@ -18,8 +18,9 @@ CompressRope = Literal["none", "block"]
 FeedForward = Literal["gelu", "swiglu"]
 Schedule = Literal["cosine", "wsd", "linear", "constant"]
 Kernel = Literal["auto", "torch", "flex", "triton"]
-
 COMPRESSIONS: tuple[str, ...] = get_args(Compression)
+Parallel = Literal["ddp", "fsdp"]
+
 KERNELS: tuple[str, ...] = get_args(Kernel)
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
 

@@ -110,6 +110,8 @@ def _tell(error: Exception, arguments: Sequence[str], *, verbose: bool) -> int:
     from nsa_cli.cli import output
 
     message, hint, code = explain(error, arguments)
+    if hasattr(error, "format_message") and os.environ.get("RANK", "0") != "0":
+        return code  # torchrun's processes have one command line, and the first tells what is wrong with it
     # Where stderr is gone too, the exit code is all that can be said.
     with contextlib.suppress(OSError):
         output.show_error(message, hint, error if verbose else None)

@@ -23,6 +23,7 @@ from nsa_cli.config import (
     Kernel,
     ModelConfig,
     NSAConfig,
+    Parallel,
     Schedule,
     TrainConfig,
 )
@@ -204,6 +205,13 @@ MaxSkipped = Annotated[
 CudaGraph = Annotated[
     bool | None,
     _field(_flag, "--cuda-graph/--no-cuda-graph", "Replay each step as a CUDA graph: small models train faster.", RUNNING),
+]
+ParallelName = Annotated[
+    Parallel,
+    _flag("--parallel", "Under torchrun each process holds all weights (ddp), or a shard of them (fsdp).", RUNNING),
+]
+ContextProcesses = Annotated[
+    int, _count("--context-parallel", "Under torchrun, processes that share one sequence: for a long --seq-len.", RUNNING)
 ]
 Compile = Annotated[bool | None, _field(_flag, "--compile/--no-compile", "Run the model through torch.compile.", RUNNING)]
 

@@ -24,7 +24,8 @@ from rich.text import Text
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from nsa_cli.benchmark import BenchReport, Figures
+    from nsa_cli.cli.units import duration_text, seconds_text, size, span_text
+from nsa_cli.benchmark import BenchReport, Figures
     from nsa_cli.benchmark.tune import TuneReport
     from nsa_cli.data import Tokenizer
     from nsa_cli.inspection import Inspection, QueryView
@@ -130,7 +131,10 @@ class TrainingReporter:
         share = parameters.get("compression", 0) / max(parameters["total"], 1)
         compression = f" (compression networks {share:.1%})" if kind == "sparse" else ""
         kernel = f", kernel {info['kernel']}" if kind == "sparse" else ""
-        where = f"{info['device']}, {info['dtype']}{kernel}"
+        processes = f"{info['world_size']} processes ({info['parallel']}), " if info["world_size"] > 1 else ""
+        if info["context_parallel"] > 1:
+            processes += f"{info['context_parallel']} of them a sequence, "
+        where = f"{processes}{info['device']}, {info['dtype']}{kernel}"
         self._messages.notice(f"{kind} model of {parameters['total']:,} parameters{compression} on {where}")
         begun = info.get("init_from")
         if begun is not None and self._verbose and "from_step" not in info:
@@ -278,12 +282,6 @@ def write_line(text: str) -> None:
     sys.stdout.buffer.flush()
 
 
-def size(count: int) -> str:
-    """Bytes for a reader: "1.5 MiB"."""
-    power = min(max(count, 1).bit_length() - 1, 40) // 10
-    return f"{count / 1024**power:,.{1 if power else 0}f} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
-
-
 def write_json(value: Any, *, indent: int | None = None) -> None:
     """One JSON document as a line (or indented) of the product. A path's bytes that are no UTF-8, which Python holds as
     lone surrogates, are escaped as JSON does."""
@@ -393,7 +391,7 @@ def _figure_cells(figures: Figures, speedup: str) -> list[str]:
     timing, parity = figures.timing, figures.parity
     times = ["not shown", ""]
     if timing is not None:
-        times = [duration_text(timing.median_s), _span_text(timing.p10_s, timing.p90_s)]
+        times = [duration_text(timing.median_s), span_text(timing.p10_s, timing.p90_s)]
     peak = "" if figures.peak_bytes is None else f"{figures.peak_bytes / 2**20:,.1f} MiB"
     roofline = "" if figures.roofline is None else f"{figures.roofline:.0%}"
     error = "" if parity is None else f"{parity.max_error:.1e}"
@@ -481,30 +479,3 @@ def _shown(data: bytes) -> str:
     """Text on one line: what cannot be printed is escaped."""
     text = data.decode("utf-8", "backslashreplace")
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
-
-
-_UNITS = (("s", 1.0), ("ms", 1e-3), ("us", 1e-6))
-
-
-def duration_text(seconds: float) -> str:
-    """Three digits with a unit: 1.23 s, 45.6 ms, 789 us."""
-    unit, scale = next((pair for pair in _UNITS if seconds >= pair[1]), _UNITS[-1])
-    value = seconds / scale
-    digits = 0 if value >= 100 else 1 if value >= 10 else 2
-    return f"{value:,.{digits}f} {unit}"
-
-
-def _span_text(low_s: float, high_s: float) -> str:
-    """Two durations, the unit once where it is the same: 3.11 to 4.02 ms."""
-    low, high = duration_text(low_s), duration_text(high_s)
-    unit = f" {high.split()[1]}"
-    return f"{low.removesuffix(unit)} to {high}" if low.endswith(unit) else f"{low} to {high}"
-
-
-def seconds_text(seconds: float) -> str:
-    """5 s, 2:05, 1:02:05."""
-    whole = round(seconds)
-    hours, minutes = divmod(whole // 60, 60)
-    if hours:
-        return f"{hours}:{minutes:02}:{whole % 60:02}"
-    return f"{minutes}:{whole % 60:02}" if minutes else f"{whole} s"

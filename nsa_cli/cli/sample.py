@@ -11,6 +11,7 @@ import typer
 
 from nsa_cli.cli import options
 from nsa_cli.cli.resolve import Resolved, load
+from nsa_cli.cli.units import size
 from nsa_cli.errors import ExitCode, NsaError
 
 
@@ -88,7 +89,7 @@ def run(checkpoint: Path, settings: Resolved) -> int:
         )
     if settings["verbose"]:
         count, tokens, rate = result["prompts"], result["tokens"], result["tokens_per_s"]
-        held, read = (output.size(result[name]) for name in ("cache_bytes", "read_bytes"))
+        held, read = (size(result[name]) for name in ("cache_bytes", "read_bytes"))
         messages.notice(f"{count:,} prompts, {tokens:,} tokens, {rate:,.0f} tokens/s; cache: {held} held, {read} read by a step")
     return 128 + interruption.signum if result["interrupted"] and interruption.signum is not None else 0
 

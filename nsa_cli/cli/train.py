@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from nsa_cli.data import Corpus, Tokenizer
     from nsa_cli.model import Transformer
     from nsa_cli.training import RunPaths, TrainResult
+    from nsa_cli.training.distributed import Team
     from nsa_cli.training.loop import SamplerHook
 
 SAMPLE_TOKENS = 128
@@ -98,6 +98,8 @@ def train(
     kernel: options.KernelName = "auto",
     compile: options.Compile = None,
     cuda_graph: options.CudaGraph = None,
+    parallel: options.ParallelName = "ddp",
+    context_parallel: options.ContextProcesses = 1,
     seed: options.Seed = 1337,
     config: options.Config = None,
 ) -> int:
@@ -111,9 +113,20 @@ def train(
 
 def run(data: list[str], settings: Resolved) -> int:
     """Train as the settings say; 0, or 130 and 143 for a run that a signal ended with its state saved."""
+    from nsa_cli.training.distributed import ToldElsewhere, open_team
+
+    try:
+        with open_team(settings["device"], settings["parallel"], settings["context_parallel"]) as team:
+            return _run(data, settings, team)
+    except ToldElsewhere as error:
+        raise typer.Exit(error.exit_code) from error
+
+
+def _run(data: list[str], settings: Resolved, team: Team) -> int:
     from nsa_cli.training.run import RunPaths
 
-    _refuse_many_processes()
+    if not team.alone:
+        _fit_team(data, settings, team)
     resume: Path | None = settings["resume"]
     moves = settings.chosen("out")
     paths = RunPaths.beside(settings["out"]) if resume is None or moves else RunPaths.of_run(resume)
@@ -123,17 +136,21 @@ def run(data: list[str], settings: Resolved) -> int:
         _refuse_preset(settings)
     elif not settings["overwrite"] and not settings["dry_run"]:
         paths.refuse_existing()
-    result = _train(data, settings, paths)
+    result = _train(data, settings, paths, team)
     if result is None:
         return 0
     return 128 + result.signal if result.signal is not None else 0
 
 
-def _refuse_many_processes() -> None:
-    world = os.environ.get("WORLD_SIZE", "")
-    if world.isdecimal() and int(world) > 1:
-        message = f"WORLD_SIZE={world}: nsa train runs in one process, and these would all write the same files"
-        raise NsaError(message, "run one process, without torchrun", ExitCode.UNAVAILABLE)
+def _fit_team(data: list[str], settings: Resolved, team: Team) -> None:
+    """One of many processes: on its own device, and the first alone speaks."""
+    if "-" in data:
+        message = f"DATA - is stdin, and its text would be torn between {team.world} processes"
+        raise NsaError(message, "write it to a file first", ExitCode.USAGE)
+    settings.derive("device", str(team.device), "a process each")
+    if not team.first:
+        settings.derive("quiet", True, "the first process speaks")
+        settings.derive("verbose", False, "the first process speaks")
 
 
 def _refuse_preset(settings: Resolved) -> None:
@@ -143,7 +160,7 @@ def _refuse_preset(settings: Resolved) -> None:
         raise NsaError(message, "leave --preset out, or start a new run without --resume", ExitCode.USAGE)
 
 
-def _train(data: list[str], settings: Resolved, paths: RunPaths) -> TrainResult | None:
+def _train(data: list[str], settings: Resolved, paths: RunPaths, team: Team) -> TrainResult | None:
     from nsa_cli.cli import output
     from nsa_cli.cli.machine import find_machine
     from nsa_cli.data import load_corpus
@@ -157,7 +174,8 @@ def _train(data: list[str], settings: Resolved, paths: RunPaths) -> TrainResult 
     init_from = begins_from(settings)
     refuse_start(init_from, resume)
     refuse_weight_alone(settings)
-    loggers = make_loggers([] if settings["dry_run"] else settings["log"] or [], paths, quiet=settings["quiet"])
+    told_too = settings["log"] or [] if team.first and not settings["dry_run"] else []
+    loggers = make_loggers(told_too, paths, quiet=settings["quiet"])
     if resume is not None:
         _continue(settings, resume)
     tokenizer = _tokenizer(settings, data)
@@ -170,6 +188,8 @@ def _train(data: list[str], settings: Resolved, paths: RunPaths) -> TrainResult 
     if settings["verbose"]:
         messages.list_settings(settings.report())
     machine = find_machine(settings, allow_fallback=True)
+    if team.alone and settings["parallel"] == "fsdp":
+        messages.notice("--parallel fsdp has nothing to share out: this is one process, not several under torchrun")
     if machine.notice:
         messages.notice(machine.notice)
     if "-" in data and sys.stdin.isatty():
@@ -187,6 +207,8 @@ def _train(data: list[str], settings: Resolved, paths: RunPaths) -> TrainResult 
         notify=messages.notice,
     )
     if settings["dry_run"]:
+        if not team.first:
+            return None
         _dry_run(model_config, train_config, corpus, paths, machine, settings)
         return None
     with (
@@ -209,7 +231,10 @@ def _train(data: list[str], settings: Resolved, paths: RunPaths) -> TrainResult 
             reporter=reporter,
             notices=[*([machine.notice] if machine.notice else []), *corpus.notices],
             sampler_hook=_sampler(tokenizer, train_config.seed) if train_config.sample_every else None,
+            team=team,
         )
+    if not team.first:
+        return result
     if settings["json"]:
         output.write_json({"checkpoint": str(paths.last)})
     else:

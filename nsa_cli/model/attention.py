@@ -10,9 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 from nsa_cli.config import ModelConfig
 from nsa_cli.model.cache import Cache, LayerCache, Span
+from nsa_cli.model.parallel import ContextParallel
 from nsa_cli.model.rotary import Rotary, rotate
 
 MASK_ELEMENTS = 2**25
@@ -28,6 +30,7 @@ class Geometry:
     block_positions: each compressed block's first position in its document.
     cache: the sequences so far, or None; span: where in it the pass's tokens go. first: whether the cache is empty, so that
     the pass is an ordinary one.
+    parallel: the processes that share the sequence, or None; positions are then those of this one's tokens.
     """
 
     rotary: Rotary
@@ -39,6 +42,7 @@ class Geometry:
     cache: Cache | None = None
     span: Span | None = None
     first: bool = True
+    parallel: ContextParallel | None = None
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -69,6 +73,8 @@ class DenseAttention(nn.Module):
         q = rotate(split_heads(self.to_q(x), self.heads), geometry.angles)
         k = rotate(split_heads(self.to_k(x), self.kv_heads), geometry.angles)
         v = split_heads(self.to_v(x), self.kv_heads)
+        if geometry.parallel is not None:
+            return self.to_out(join_heads(self._shared(q, k, v, geometry.parallel)))
         if layer is None:
             return self.to_out(join_heads(self._causal(q, k, v, geometry.cu_seqlens)))
         cache, span = geometry.cache, geometry.span
@@ -99,6 +105,21 @@ class DenseAttention(nn.Module):
             ],
             2,
         )
+
+    def _shared(self, q: Tensor, k: Tensor, v: Tensor, parallel: ContextParallel) -> Tensor:
+        """This process's queries against the keys of all: each of its two pieces is the end of a causal triangle, and so is
+        any part of one. On a CPU, where the mask is a tensor, they go in parts that keep it small."""
+        k, v = parallel.gather(k, v)
+        gqa, p = self.heads != self.kv_heads, self.dropout if self.training else 0.0
+        outs = []
+        for piece, (start, stop) in zip(q.chunk(2, 2), parallel.ranges(k.shape[2]), strict=True):
+            part = stop - start if q.is_cuda else max(MASK_ELEMENTS // stop, 1)
+            for queries in piece.split(part, 2):
+                start += queries.shape[2]
+                mask = causal_lower_right(queries.shape[2], start)
+                keys, values = k[:, :, :start], v[:, :, :start]
+                outs.append(F.scaled_dot_product_attention(queries, keys, values, mask, dropout_p=p, enable_gqa=gqa))
+        return torch.cat(outs, 2)
 
     def _causal(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         gqa, p = self.heads != self.kv_heads, self.dropout if self.training else 0.0

@@ -15,11 +15,13 @@ def build_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     kernel: str = "auto",
+    weights_device: str | torch.device | None = None,
 ) -> Transformer:
     """A freshly initialised model, dense if config.nsa is None, in training mode.
 
     Weights are drawn on the CPU from torch's global generator, whatever the device: a seed gives one model everywhere.
-    dtype: of the weights. kernel: auto, torch, flex or triton, for the sparse branches.
+    weights_device: where the weights lie, if not on the `device` that they will be moved to. dtype: of the weights.
+    kernel: auto, torch, flex or triton, for the sparse branches.
     Raises ValueError for an unknown kernel, NsaError (exit 5) for one that cannot run on the device,
     or cannot compute this geometry.
     """
@@ -32,4 +34,4 @@ def build_model(
         name = "torch" if refusal is not None else name
     with torch.device("meta" if device.type == "meta" else "cpu"):
         model = Transformer(config, name)
-    return model.to(device=device, dtype=dtype)
+    return model.to(device=device if weights_device is None else weights_device, dtype=dtype)

@@ -7,7 +7,7 @@ unturned (compress_rope "none") or turned at each block's first position ("block
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -64,14 +64,26 @@ class SparseAttention(nn.Module):
         turned, k_slc, k_win = self._rotate(q, k_slc, k_win, geometry.angles)
         q_cmp = turned if self.nsa.compress_rope == "block" else q
         new = Tokens(k_raw, v_raw, k_slc, v_slc, k_win, v_win)
+        if geometry.parallel is not None:
+            k_raw, v_raw, k_slc, *more = geometry.parallel.gather(*(new[:3] if self.sets == 1 else new))
+            v_slc, k_win, v_win = more or (v_raw, k_slc, v_raw)
         if geometry.first:
             k_cmp = self._compress_keys(k_raw, geometry)
             v_cmp = self.compress_v.compress(v_raw, geometry.block_starts, self.kernel).to(turned.dtype)
             k_cmp = k_cmp.to(turned.dtype)
-            out, block_indices = nsa_attention_and_selection(
-                turned, k_slc, v_slc, k_cmp, v_cmp, gates, self.nsa, q_cmp=q_cmp, k_win=k_win, v_win=v_win,
-                kernel=self.kernel, cu_seqlens=geometry.cu_seqlens,
-            )  # fmt: skip
+            # Of a sequence that processes share, each of the two pieces is a call: its queries lie side by side.
+            pieces = [x.chunk(1 if geometry.parallel is None else 2, 2) for x in (turned, gates, q_cmp)]
+            places: Sequence[Tensor | None] = [None]
+            if geometry.parallel is not None:
+                places = geometry.positions.expand(len(x), -1).chunk(2, 1)
+            parts = [
+                nsa_attention_and_selection(
+                    q_piece, k_slc, v_slc, k_cmp, v_cmp, gates_piece, self.nsa, q_cmp=q_cmp_piece, k_win=k_win, v_win=v_win,
+                    kernel=self.kernel, cu_seqlens=geometry.cu_seqlens, positions=at,
+                )
+                for q_piece, gates_piece, q_cmp_piece, at in zip(*pieces, places, strict=True)
+            ]  # fmt: skip
+            out, block_indices = parts[0] if len(parts) == 1 else (torch.cat(each, 2) for each in zip(*parts, strict=True))
             if layer is not None:
                 self._fill(geometry, layer, new, k_cmp, v_cmp)
         else:

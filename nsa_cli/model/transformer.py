@@ -19,6 +19,7 @@ from nsa_cli.config import ModelConfig
 from nsa_cli.model.attention import DenseAttention, Geometry
 from nsa_cli.model.cache import Cache, LayerCache
 from nsa_cli.model.nsa import SparseAttention
+from nsa_cli.model.parallel import ContextParallel
 from nsa_cli.model.rotary import Rotary
 from nsa_cli.ops.dispatch import document_ends
 
@@ -63,6 +64,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, kernel: str) -> None:
         super().__init__()
         self.config, self.kernel = config, kernel
+        self.context_parallel: ContextParallel | None = None
         self.rotary = Rotary(config.dim_head, config.rope_theta)
         self.token_emb = nn.Embedding(config.vocab_size, config.dim)
         self.dropout = nn.Dropout(config.dropout)
@@ -102,11 +104,16 @@ class Transformer(nn.Module):
         positions start anew in every document. cache: the ids continue each of its sequences, and are added to it.
         counts: with a cache, how many of each row's ids are real; what follows is padding on the right. last: logits of each
         row's last real token alone, [b, 1, vocab]; of a row with none, whatever.
+        With `context_parallel` every process of the group passes the same ids, and gets the logits of its own tokens
+        (`context_parallel.split`), or the mean over them: all have equally many, so the mean of those is the loss.
         Raises ValueError for wrong shapes, dtypes or ids outside of the vocabulary's range (on a CPU).
         """
         self._check(ids, targets, cu_seqlens, cache)
         if counts is not None and cache is None:
             raise ValueError("counts goes with a cache: padding on the right changes nothing before it")
+        parallel = self.context_parallel
+        if parallel is not None:
+            ids, targets = parallel.split(ids), None if targets is None else parallel.split(targets)
         geometry = self._geometry(ids, cu_seqlens, cache, counts)
         x = self.dropout(self.token_emb(ids))
         for i, block in enumerate(self.layers):
@@ -146,6 +153,10 @@ class Transformer(nn.Module):
             angles = self.rotary.angles(positions)[:, None]
             return Geometry(self.rotary, positions, angles, cache=cache, span=span, first=False)
         positions = torch.arange(tokens, device=device)
+        if self.context_parallel is not None:
+            parallel = self.context_parallel
+            positions = parallel.split(torch.arange(tokens * parallel.size, device=device), 0)
+            return Geometry(self.rotary, positions, self.rotary.angles(positions), parallel=parallel)
         starts = block_positions = None
         if cu_seqlens is not None:
             ends = document_ends(cu_seqlens, tokens)
@@ -174,5 +185,7 @@ class Transformer(nn.Module):
             raise ValueError("cache goes with ids alone: neither targets nor cu_seqlens")
         if cache is not None and len(cache.host_lengths) != ids.shape[0]:
             raise ValueError(f"ids has batch {ids.shape[0]}: the cache holds {len(cache.host_lengths)} sequences")
+        if self.context_parallel is not None and (cache is not None or cu_seqlens is not None):
+            raise ValueError("context_parallel goes with ids and targets alone: neither cu_seqlens nor cache")
         if cu_seqlens is not None and ids.shape[0] != 1:
             raise ValueError(f"ids has batch {ids.shape[0]}: must be 1 with cu_seqlens")

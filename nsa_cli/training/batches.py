@@ -89,10 +89,17 @@ class Batch(NamedTuple):
     graded: bool = False
 
 
-def refuse_packing(corpus: Corpus, config: TrainConfig) -> None:
-    """NsaError with exit 2 where documents are packed and shapes may not change from step to step."""
+def refuse_packing(corpus: Corpus, config: TrainConfig, *, shared: bool = False) -> None:
+    """NsaError with exit 2 where documents are packed and shapes may not change from step to step, or processes share each
+    sequence (`shared`), whose pieces must all have equally many targets."""
+    if shared and corpus.train_tokens is None:
+        message = "--context-parallel needs a target at every token, and a synthetic task has few"
+        raise NsaError(message, "leave out --context-parallel", ExitCode.USAGE)
     if isinstance(corpus.training, np.ndarray) or not corpus.training.packed:
         return
+    if shared:
+        message = "--context-parallel cuts a sequence into equal pieces, which documents packed into it are not"
+        raise NsaError(message, "add --no-pack, or leave out --context-parallel", ExitCode.USAGE)
     for flag, on in (("--cuda-graph", config.cuda_graph), ("--compile", config.compile)):
         if on:
             message = f"{flag} needs the same shapes at every step, and packed documents have another number each time"

@@ -16,6 +16,7 @@ from nsa_cli.model.accounting import model_flops_per_token
 from nsa_cli.ops.dispatch import resolve_kernel
 from nsa_cli.training.batches import plan_batches, refuse_packing, training_batches
 from nsa_cli.training.device import deterministic_on_cpu, explained_errors
+from nsa_cli.training.distributed import Team
 from nsa_cli.training.graphs import refuse_cuda_graph
 from nsa_cli.training.loop import _Run
 from nsa_cli.training.metrics import Clock, MetricsLog, finite, header_record, machine_record
@@ -70,9 +71,9 @@ def dry_run(
             paths, model, make_optimizer(model, config), FiniteGuard(device, config.max_skipped), config, corpus, device
         )
         progress = Progress() if saved is None else files.restore(saved)
-        run = _Run(files, progress, plan, dtype, Clock(), MetricsLog(paths.metrics), SilentReporter(), None)
+        run = _Run(files, progress, plan, dtype, Clock(), MetricsLog(paths.metrics), SilentReporter(), None, Team())
         model.train()
-        machine = machine_record(model, config, device=device, dtype=dtype, notices=notices)
+        machine = machine_record(model, config, device=device, dtype=dtype, notices=notices, processes=Team().record())
         report = {key: value for key, value in header_record(model, corpus, machine).items() if key != "event"}
         left = max(0, config.steps - progress.step)
         step = _one_step(run) if left else None

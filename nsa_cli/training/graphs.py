@@ -20,10 +20,14 @@ Forward = Callable[[Tensor, Tensor], Tensor]
 Autocast = Callable[[], AbstractContextManager[Any]]
 
 
-def refuse_cuda_graph(device: torch.device, kernel: str) -> None:
-    """NsaError with exit 5 where a step cannot be captured: off a CUDA GPU, and with kernels that ask the device."""
+def refuse_cuda_graph(device: torch.device, kernel: str, processes: int = 1) -> None:
+    """NsaError with exit 5 where a step cannot be captured: off a CUDA GPU, with kernels that ask the device, and where
+    processes exchange gradients."""
     if device.type != "cuda":
         raise NsaError("--cuda-graph needs a CUDA GPU", "leave out --cuda-graph", ExitCode.UNAVAILABLE)
+    if processes > 1:
+        message = f"--cuda-graph captures the step of one process, and this run has {processes}"
+        raise NsaError(message, "leave out --cuda-graph", ExitCode.UNAVAILABLE)
     if kernel not in ("triton", "dense"):
         hint = "use --kernel triton, or leave out --cuda-graph"
         message = f"--cuda-graph cannot capture kernel {kernel!r}, whose launches depend on the data"

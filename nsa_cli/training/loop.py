@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -20,12 +21,14 @@ from torch import Tensor
 
 from nsa_cli.config import ModelConfig, TrainConfig
 from nsa_cli.data import Corpus
+from nsa_cli.errors import ExitCode, NsaError
 from nsa_cli.model import Transformer, build_model
 from nsa_cli.ops.dispatch import resolve_kernel
 from nsa_cli.training.batches import Batch, BatchPlan, plan_batches, refuse_packing, training_batches, validation_batches
 from nsa_cli.training.convert import begin_from, told
 from nsa_cli.training.device import arithmetic, deterministic_on_cpu, explained_errors, random_states, set_random_states
 from nsa_cli.training.distill import DistillingLoss, find_teacher, load_teacher
+from nsa_cli.training.distributed import Team
 from nsa_cli.training.divergence import name_batch
 from nsa_cli.training.graphs import CapturedGradients, refuse_cuda_graph
 from nsa_cli.training.health import selection_health
@@ -58,6 +61,7 @@ def train(
     reporter: Reporter | None = None,
     notices: Sequence[str] = (),
     sampler_hook: SamplerHook | None = None,
+    team: Team | None = None,
 ) -> TrainResult:
     """Trains a model from its seed, or from a saved state, and writes `paths`.
 
@@ -73,6 +77,9 @@ def train(
     sampler_hook(model, step, should_stop): called every sample_every steps (0: after each validation), in eval mode without
     gradients; its random numbers do not disturb the run's. Text that it returns goes into the step's line as "sample".
     should_stop says that a signal came; what it returns then is left to the resumed run.
+    team: the processes that share the work, from `open_team`; every one calls this with the same arguments but `device`.
+    The first alone writes files, has its reporter told, and takes part in nothing else that the others do not. The same
+    tokens give the same losses, within the order of additions, on any number of them.
 
     A BrokenPipeError of the reporter is raised again once state and weights of the step reached are saved.
 
@@ -81,7 +88,8 @@ def train(
     cannot train, a vocabulary that is not the tokenizer's.
     """
     device = torch.device(device)
-    reporter = reporter or SilentReporter()
+    team = team or Team()
+    reporter = team.reporter(reporter or SilentReporter())
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     if dtype not in (torch.bfloat16, torch.float32, torch.float64):
         raise ValueError(f"dtype = {dtype}: must be bfloat16, float32 or float64 (float16 would need loss scaling)")
@@ -90,7 +98,8 @@ def train(
         raise ValueError(f"vocab_size = {model_config.vocab_size}: must be the tokenizer's {size}")
     plan = plan_batches(model_config, config)
     refuse_start(init_from, resume)
-    refuse_packing(corpus, config)
+    refuse_packing(corpus, config, shared=team.context is not None)
+    team.require_context(model_config.context)
     saved = None if resume is None else read_run(resume)
     moves = saved is None or saved.moves_to(paths)
     if moves and not overwrite:
@@ -102,6 +111,11 @@ def train(
             reporter.notice(notices[-1])
     left = saved is None or saved.step < config.steps
     teacher_record = find_teacher(distill_from, saved, paths) if left else None
+    if teacher_record is not None and team.context is not None:
+        message = "--distill-from needs whole sequences, which --context-parallel shares out"
+        raise NsaError(message, "leave one of them out", ExitCode.USAGE)
+    settings = {"model": model_config.to_dict(), "train": config.to_dict()}
+    team.require_same({"data": corpus.fingerprint, **settings, "step": 0 if saved is None else saved.step})
     sparse = model_config.nsa is not None  # dense attention is SDPA whatever the kernel
     name, fallback = resolve_kernel(kernel, device, allow_fallback=True) if sparse else ("torch", None)
     if fallback is not None:
@@ -112,34 +126,44 @@ def train(
     with deterministic_on_cpu(device):
         torch.manual_seed(config.seed)
         weights = torch.float64 if dtype is torch.float64 else torch.float32
-        model = build_model(model_config, device=device, dtype=weights, kernel="auto" if kernel == "auto" else name)
+        model = build_model(
+            model_config, device=device, dtype=weights, kernel="auto" if kernel == "auto" else name,
+            weights_device=team.weights_device(device),
+        )  # fmt: skip
         if config.cuda_graph:
-            refuse_cuda_graph(device, model.kernel if sparse else "dense")
+            refuse_cuda_graph(device, model.kernel if sparse else "dense", processes=team.world)
         origins = {} if saved is None else saved.origins
         if init_from is not None:
             autocast = partial(arithmetic, device, dtype)
             start = begin_from(init_from, model, corpus, plan, eval_tokens=config.eval_tokens, autocast=autocast)
             reporter.notice(told(start))
             origins = {"init_from": start}
+        model.context_parallel = team.context
         teacher = None
         if teacher_record is not None:
             teacher = load_teacher(Path(teacher_record["path"]), corpus.tokenizer, device=device, dtype=weights)
             if config.cuda_graph:
                 refuse_cuda_graph(device, teacher.kernel if teacher.config.nsa is not None else "dense")
             origins = {**origins, "distill_from": teacher_record}
-        machine = machine_record(model, config, device=device, dtype=dtype, notices=notices)
+        machine = machine_record(model, config, device=device, dtype=dtype, notices=notices, processes=team.record())
         header = {**header_record(model, corpus, machine), **origins}
         optimizer, guard = make_optimizer(model, config), FiniteGuard(device, config.max_skipped)
-        files = RunFiles(paths, model, optimizer, guard, config, corpus, device, origins)
-        log = MetricsLog(paths.metrics)
+        files = RunFiles(paths, model, optimizer, guard, config, corpus, device, origins=origins, first=team.first)
+        log = team.log(MetricsLog(paths.metrics))
         progress, elapsed_s = Progress(), 0.0
         if saved is not None:
             progress, elapsed_s = files.restore(saved), float(saved.meta["elapsed_s"])
             if other_data is not None:
                 progress.forget_losses()
-            for path in files.restore_files(saved, progress):
+            for path in files.restore_files(saved, progress) if team.first else []:
                 reporter.notice(f"restored {path}")
-        run = _Run(files, progress, plan, dtype, Clock(elapsed_s), log, reporter, sampler_hook, teacher)
+            progress = Progress(**team.from_first(vars(progress)))
+        if team.sharded:
+            from nsa_cli.training.sharding import gather, shard
+
+            optimizer = shard(model, optimizer, config, device=device, world=team.world, dtype=dtype)
+            files = replace(files, optimizer=optimizer, gather=gather)
+        run = _Run(files, progress, plan, dtype, Clock(elapsed_s), log, reporter, sampler_hook, team, teacher)
         if not moves and run.done:
             why = f"has done all of its {config.steps} steps"
             if run.status == "patience":
@@ -147,7 +171,8 @@ def train(
             reporter.notice(f"{paths.last} {why}: nothing to do")
             return run.result(run.status, None)
         info = header
-        files.remove_leftovers()
+        if team.first:
+            files.remove_leftovers()
         if saved is None:
             # Killed after this the new run can be resumed; killed before it, an earlier one is still whole.
             files.save_state(progress, elapsed_s=0.0)
@@ -156,12 +181,15 @@ def train(
             record = {"event": "resume", "from_step": progress.step, "data": header["data"], **machine}
             log.resume(saved.paths.metrics, progress.step, header, record)
             info = {**header, **record}
-        if progress.step == 0:
+        if progress.step == 0 and team.first:
             files.take_over()
         try:
-            with catch_signals() as interruption, run.diverging_batch_named(), run.saved_when_nobody_reads():
-                reporter.start(info)
-                return run.to_the_end(interruption)
+            with catch_signals() as heard, run.diverging_batch_named(), run.saved_when_nobody_reads():
+                run.reporter = team.listened(reporter, heard)
+                run.reporter.start(info)
+                result = run.to_the_end(team.interruption(heard))
+                team.wait()
+                return result
         finally:
             log.close()
 
@@ -179,15 +207,17 @@ class _Run:
         log: MetricsLog,
         reporter: Reporter,
         sampler_hook: SamplerHook | None,
+        team: Team,
         teacher: Transformer | None = None,
     ) -> None:
         self.files, self.progress, self.plan = files, progress, plan
         self.clock, self.log, self.reporter, self.sampler_hook = clock, log, reporter, sampler_hook
         self.model, self.config, self.corpus, self.device = files.model, files.config, files.corpus, files.device
         self.context = self.model.config.context
-        self.forward: Callable[..., Tensor] = self.model
+        self.team, self.wrapped = team, team.wrap(self.model)
+        self.forward: Callable[..., Tensor] = self.wrapped
         if self.config.compile:
-            self.forward = torch.compile(self.model)
+            self.forward = torch.compile(self.wrapped)
         self.objective = self.forward
         if teacher is not None:
             self.objective = DistillingLoss(self.forward, teacher, self.config.distill_weight)
@@ -216,7 +246,8 @@ class _Run:
             yield
         except Diverged as error:
             seed, tokens = self.config.seed, self.corpus.training
-            named, record = name_batch(error, self.model, tokens, self.plan, seed=seed, autocast=self.autocast)
+            with self.team.synchronised(self.wrapped, last=False):
+                named, record = name_batch(error, self.model, tokens, self.plan, seed=seed, autocast=self.autocast)
             self.log.write(record)
             raise named from error
 
@@ -247,6 +278,7 @@ class _Run:
                 self.finish_step(progress.pending, interruption)
             while not self.over and not interruption:
                 self.step(interruption)
+                interruption.poll()
                 self.reporter.progress(progress.step, steps, self.line)
         if not self.done:
             self.reporter.notice(f"{interruption.name}: saving at step {progress.step}; a second signal leaves at once")
@@ -296,10 +328,14 @@ class _Run:
         before = random_states(self.device)
         seed, train = self.config.seed, self.corpus.training
         total = torch.zeros(self.parts, dtype=torch.float32, device=self.device)
-        batches = training_batches(train, self.plan, seed=seed, step=step, context=self.context, device=self.device)
+        batches = training_batches(
+            train, self.plan, seed=seed, step=step, context=self.context, device=self.device, **self.share
+        )
+        team, count = self.team, len(self.plan.parts(**self.share))
+        team.seed(seed, step)
         if self.captured is not None:
             self.captured.begin()
-        for inputs, targets, share, cu_seqlens, *_ in batches:
+        for number, (inputs, targets, share, cu_seqlens, *_) in enumerate(batches, start=1):
             if interruption:
                 self.files.optimizer.zero_grad(set_to_none=True)
                 set_random_states(self.device, before)
@@ -307,14 +343,21 @@ class _Run:
             if self.captured is not None:
                 total += self.captured(inputs, targets, share)
                 continue
-            with self.autocast():
-                loss = self.objective(inputs, targets, cu_seqlens) * share
-            loss.sum().backward()
+            with team.synchronised(self.wrapped, last=number == count):
+                with self.autocast():
+                    loss = self.objective(inputs, targets, cu_seqlens) * (share * team.replicas)
+                loss.sum().backward()
             total += loss.detach()
+        total = team.mean(total)
         lr = learning_rate(step, self.config)
         grad_clip = self.config.grad_clip
         norm = clipped_update(self.files.optimizer, self.files.guard, step=step, loss=total.sum(), lr=lr, grad_clip=grad_clip)
         return total, norm, lr
+
+    @property
+    def share(self) -> dict[str, int]:
+        """Which of how many shares of a batch this process sees."""
+        return {"replica": self.team.replica, "replicas": self.team.replicas}
 
     def autocast(self) -> AbstractContextManager[Any]:
         """That of the run's dtype on its device."""
@@ -371,7 +414,7 @@ class _Run:
             if self.validates(progress.step):
                 found = validation_loss(
                     self.forward, self.validation_batches(), autocast=self.autocast, interruption=interruption,
-                    weights=corpus.weights,
+                    weights=corpus.weights, mean=self.team.mean,
                 )  # fmt: skip
                 if found is None:
                     return None
@@ -379,10 +422,12 @@ class _Run:
                 seen |= {"val_loss": loss, "val_bits_per_byte": bits_per_byte(loss, len(corpus.val), corpus.val_bytes)}
                 seen |= found.details()
                 window = next(self.validation_batches()).inputs[:1, : self.context]
-                health = selection_health(self.model, window, autocast=self.autocast)
+                with self.team.sequences_whole(self.model):
+                    health = selection_health(self.model, window, autocast=self.autocast)
                 seen |= {"selection": health} if health else {}
             if self.sampler_hook is not None and self.samples(progress.step):
-                text = self.sampler_hook(self.model, progress.step, lambda: bool(interruption))
+                with self.team.sequences_whole(self.model):
+                    text = self.sampler_hook(self.model, progress.step, lambda: bool(interruption))
                 if interruption:
                     return None
                 seen |= {} if text is None else {"sample": text}
@@ -391,9 +436,9 @@ class _Run:
         return seen
 
     def validation_batches(self) -> Iterator[Batch]:
-        """The fixed batches of a validation, the same every time."""
-        tokens, source = self.config.eval_tokens, self.corpus.validation
-        return validation_batches(source, self.plan, context=self.context, max_tokens=tokens, device=self.device)
+        """This process's share of the fixed batches of a validation, the same every time."""
+        tokens, source, context = self.config.eval_tokens, self.corpus.validation, self.context
+        return validation_batches(source, self.plan, context=context, max_tokens=tokens, device=self.device, **self.share)
 
     def save(self) -> None:
         """All files of this step; a diverged run is not saved over a good one."""

@@ -1,8 +1,9 @@
 """The record of a run, `ckpt.metrics.jsonl`: one header, then one JSON object for every logged step.
 
 Header ("event": "start"): model, train (the two configurations), parameters (by part), kernel (the one really used),
-notices, device, dtype, compile, data (fingerprint, sources, tokens, bytes), tokenizer, versions; init_from, a start's report
-(nsa_cli.training.convert), and distill_from, a teacher's path and fingerprint, where the run has them.
+notices, device, dtype, compile, world_size (processes), parallel, context_parallel, data (fingerprint, sources, tokens,
+bytes), tokenizer, versions; init_from, a start's report (nsa_cli.training.convert), and distill_from, a teacher's path and
+fingerprint, where the run has them.
 A resumed run adds {"event": "resume", "from_step", data, and the same description of the machine} where it goes on; one that
 diverged {"event": "diverged", first_step, at_step, windows, not_finite} (nsa_cli.training.divergence).
 
@@ -24,7 +25,7 @@ import math
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -58,15 +59,23 @@ def finite(value: Any) -> Any:
 
 
 def machine_record(
-    model: Transformer, config: TrainConfig, *, device: torch.device, dtype: torch.dtype, notices: Sequence[str]
+    model: Transformer,
+    config: TrainConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    notices: Sequence[str],
+    processes: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What may differ between a run and its resumption: kernel, notices, device, dtype, versions, training settings."""
+    """What may differ between a run and its resumption: kernel, notices, device, dtype, processes, versions, training
+    settings."""
     return {
         "train": config.to_dict(),
         "kernel": model.kernel,
         "notices": list(notices),
         "device": device_name(device),
         "dtype": str(dtype).removeprefix("torch."),
+        **processes,
         "compile": config.compile,
         "cuda_graph": config.cuda_graph,
         "versions": {"nsa": nsa_cli.__version__, "torch": torch.__version__, "python": platform.python_version()},

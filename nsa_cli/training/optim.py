@@ -109,6 +109,8 @@ def clipped_update(
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
+    if hasattr(norm, "full_tensor"):  # a DTensor, where every process holds a shard of each gradient
+        norm = norm.full_tensor()
     if grad_clip > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
     skip = guard.judge(step, loss, norm)

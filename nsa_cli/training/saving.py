@@ -8,7 +8,7 @@ belong to it, whatever weights of an earlier run still lie beside it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,11 @@ class Progress:
             self.stale += 1
 
 
+def whole(model: Transformer, optimizer: torch.optim.AdamW) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights and moments of a process that has all of them."""
+    return model.state_dict(), moments(model, optimizer)
+
+
 @dataclass(frozen=True)
 class RunFiles:
     """Writes and restores a run's files; everything in them but tensors and progress is fixed for the run."""
@@ -72,13 +77,19 @@ class RunFiles:
     device: torch.device
     origins: Mapping[str, Any] = field(default_factory=dict)
     """What the run was made of besides text and seed, by setting; kept in the state for its resumptions."""
+    first: bool = True
+    """Whether this process writes: of several that train together one does, and all call `save` and `save_state`."""
+    gather: Callable[[Transformer, torch.optim.AdamW], tuple[dict[str, Tensor], dict[str, Tensor]]] = whole
+    """Weights and moments in full, from wherever they are."""
 
     def save(self, progress: Progress, *, elapsed_s: float) -> None:
         """State, last and, if this step is the best one, best weights. An earlier run's best weights are removed."""
-        self.save_state(progress, elapsed_s=elapsed_s)
-        self._save_weights(self.paths.last, progress)
+        weights = self.save_state(progress, elapsed_s=elapsed_s)
+        if not self.first:
+            return
+        self._save_weights(self.paths.last, progress, weights)
         if progress.best_step == progress.step:
-            self._save_weights(self.paths.best, progress)
+            self._save_weights(self.paths.best, progress, weights)
         elif progress.best_step is None:
             self.paths.best.unlink(missing_ok=True)
         self._keep(progress)
@@ -102,8 +113,11 @@ class RunFiles:
         for path in self.paths.all_numbered().values():
             path.unlink(missing_ok=True)
 
-    def save_state(self, progress: Progress, *, elapsed_s: float) -> None:
-        """The state alone: all that resuming needs."""
+    def save_state(self, progress: Progress, *, elapsed_s: float) -> dict[str, Tensor]:
+        """The state alone: all that resuming needs. Returns the weights in it."""
+        weights, moved = self.gather(self.model, self.optimizer)
+        if not self.first:
+            return weights
         meta = {
             **vars(progress),
             "elapsed_s": elapsed_s,
@@ -116,7 +130,8 @@ class RunFiles:
         }
         with write_errors(self.paths.last):
             self.paths.last.parent.mkdir(parents=True, exist_ok=True)
-        save_state(self.paths.state, self._tensors(), meta)
+        save_state(self.paths.state, self._tensors(weights, moved), meta)
+        return weights
 
     def remove_leftovers(self) -> None:
         """What killed processes left half-written of this run's files."""
@@ -191,19 +206,19 @@ class RunFiles:
         same = said.get("fingerprint") == saved.meta["fingerprint"] and said.get("val_loss") == val_loss
         return same and (train is None or said.get("train") == train)
 
-    def _tensors(self) -> dict[str, Tensor]:
-        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        tensors |= {f"optimizer.{name}": tensor for name, tensor in moments(self.model, self.optimizer).items()}
+    def _tensors(self, weights: Mapping[str, Tensor], moved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
+        tensors |= {f"optimizer.{name}": tensor for name, tensor in moved.items()}
         tensors |= {f"guard.{name}": tensor for name, tensor in self.guard.to_tensors().items()}
         tensors["rng.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
         return tensors
 
-    def _save_weights(self, path: Path, progress: Progress) -> None:
+    def _save_weights(self, path: Path, progress: Progress, weights: Mapping[str, Tensor] | None = None) -> None:
         save_checkpoint(
             path,
-            self.model,
+            self.model if weights is None else weights,
             config=self.model.config,
             tokenizer=self.corpus.tokenizer,
             step=progress.step,

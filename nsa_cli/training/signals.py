@@ -25,6 +25,9 @@ class Interruption:
     def __bool__(self) -> bool:
         return self.signum is not None
 
+    def poll(self) -> None:
+        """Called after each step and before each batch of a validation: where several processes agree. One has the flag."""
+
     @property
     def name(self) -> str:
         """The signal's name, "" before one came."""

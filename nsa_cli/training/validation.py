@@ -63,6 +63,7 @@ def validation_loss(
     totals: dict[str, Tensor] = {}
     graded: set[str] = set()
     for batch in batches:
+        interruption.poll()
         if interruption:
             return None
         predicted = (batch.targets != NO_TARGET).sum().double() * batch.share
