@@ -21,11 +21,12 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from nsa_cli.cli.units import duration_text, seconds_text, size, span_text
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from nsa_cli.cli.units import duration_text, seconds_text, size, span_text
-from nsa_cli.benchmark import BenchReport, Figures
+    from nsa_cli.benchmark import BenchReport, Figures
     from nsa_cli.benchmark.tune import TuneReport
     from nsa_cli.data import Tokenizer
     from nsa_cli.inspection import Inspection, QueryView
