@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from nsa_cli.data.sampler import starts_of, validation_starts
+from nsa_cli.data.sampler import validation_starts, window_starts
 
 NO_TARGET = -1
 """The target where nothing is to be predicted, as the model takes it."""
@@ -61,11 +61,11 @@ class Documents:
 
     def windows(self, draws: npt.NDArray[np.uint64], *, context: int) -> Windows:
         """A window for each of the 64-bit draws: it begins at draw mod (N - context), as in `training_batch`."""
-        return self.windows_at(starts_of(draws, len(self), context), context)
+        return self.windows_at(window_starts(draws, len(self), context), context)
 
     def places(self, draws: npt.NDArray[np.uint64], *, context: int) -> list[int | str]:
         """Where those windows begin, from `start` on."""
-        starts: list[int | str] = starts_of(draws, len(self), context).tolist()
+        starts: list[int | str] = window_starts(draws, len(self), context).tolist()
         return starts
 
     def fixed_windows(self, *, context: int, max_tokens: int) -> Iterator[Windows]:

@@ -11,29 +11,21 @@ import numpy.typing as npt
 Windows = npt.NDArray[np.int64]
 
 
-def window_starts(tokens: int, *, seed: int, step: int, batch: int, context: int) -> npt.NDArray[np.int64]:
-    """Where the windows of one optimizer step begin in a text of `tokens` tokens: int64 [batch].
-
-    start[i] = Philox(key of seed, counter of step)[i] mod (N - context). ValueError when N < context + 1.
-    """
-    return starts_of(step_draws(seed=seed, step=step, count=batch), tokens, context)
-
-
 def training_batch(
     tokens: npt.NDArray[Any], *, seed: int, step: int, batch: int, context: int, rank: int = 0, world: int = 1
 ) -> tuple[Windows, Windows]:
     """Inputs and targets of one optimizer step: windows at random starts, drawn uniformly and with replacement.
 
-    start as in `window_starts`, input i = tokens[start : start + context] and its target is one token further on.
-    `batch` counts the windows of the whole step; rank r of w gets the r-th of w equal consecutive parts, so that w ranks
-    together see what one rank alone would.
+    start[i] = Philox(key of seed, counter of step)[i] mod (N - context), input i = tokens[start : start + context]
+    and its target is one token further on. `batch` counts the windows of the whole step; rank r of w gets the r-th of
+    w equal consecutive parts, so that w ranks together see what one rank alone would.
 
     tokens: 1-D, unsigned, N >= context + 1. Returns two int64 arrays [batch / world, context].
     ValueError when N is too small or `world` does not divide `batch`.
     """
     if not 0 <= rank < world or batch % world:
         raise ValueError(f"batch = {batch}: must be a multiple of world = {world}, and rank = {rank} below it")
-    starts = window_starts(len(tokens), seed=seed, step=step, batch=batch, context=context)
+    starts = window_starts(step_draws(seed=seed, step=step, count=batch), len(tokens), context)
     share = batch // world
     places = starts[rank * share : (rank + 1) * share, None] + np.arange(context + 1)
     windows = tokens[places].astype(np.int64)
@@ -49,7 +41,7 @@ def step_draws(*, seed: int, step: int, count: int, lane: int = 0) -> npt.NDArra
     return np.random.Philox(key=key, counter=[0, 0, lane, step]).random_raw(count)
 
 
-def starts_of(draws: npt.NDArray[np.uint64], tokens: int, context: int) -> npt.NDArray[np.int64]:
+def window_starts(draws: npt.NDArray[np.uint64], tokens: int, context: int) -> npt.NDArray[np.int64]:
     """Where the windows of these draws begin in a text of N tokens: draw mod (N - context), int64 like draws.
 
     The modulo is biased by at most N / 2^64. ValueError when N < context + 1.

@@ -127,9 +127,10 @@ def window_places(
 ) -> list[int | str]:
     """Where each window of a step comes from: its first token's place among the training tokens; of a mixture after the
     part's name, and for a task the draw that makes it."""
+    draws = step_draws(seed=seed, step=step, count=plan.windows)
     if isinstance(source, np.ndarray):
-        return window_starts(len(source), seed=seed, step=step, batch=plan.windows, context=context).tolist()
-    return source.places(step_draws(seed=seed, step=step, count=plan.windows), context=context)
+        return window_starts(draws, len(source), context).tolist()
+    return source.places(draws, context=context)
 
 
 def validation_batches(
