@@ -270,7 +270,8 @@ def _text_of(where: str, line: bytes, text_key: str) -> bytes:
 def _rows(name: str, text_key: str, broken: Broken) -> Iterator[Piece]:
     """The texts of a column of a .parquet file, a document a row; of the file, some rows are in memory at once."""
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import parquet
+        from pyarrow.lib import ArrowException
     except ImportError as error:
         message = f"{name}: a .parquet file needs the pyarrow package, which is not installed"
         raise NsaError(message, "pip install 'nsa-cli[data]'", ExitCode.FAILURE) from error
