@@ -17,6 +17,7 @@ from nsa_cli.config import ModelConfig
 from nsa_cli.model.attention import Geometry
 from nsa_cli.model.cache import LayerCache
 from nsa_cli.model.compress import make_compression
+from nsa_cli.model.parallel import ContextParallel
 from nsa_cli.model.rotary import rotate
 from nsa_cli.ops.dispatch import nsa_attention_and_selection
 
@@ -73,26 +74,41 @@ class SparseAttention(nn.Module):
             v_cmp = self.compress_v.compress(v_raw, geometry.block_starts, self.kernel)
             if layer is not None:
                 self._store_blocks(geometry, layer, k_cmp, v_cmp)
-            positions = None if geometry.parallel is None else geometry.positions.expand(x.shape[0], -1)
+            positions = None
         else:
             k_slc, v_slc, k_win, v_win, k_cmp, v_cmp = self._extend_blocks(geometry, layer, *caches)
             positions = geometry.positions
         dtype = turned.dtype
         k_cmp, v_cmp = k_cmp.to(dtype), v_cmp.to(dtype)
-        # Of a sequence that processes share, each of the two pieces is a call: its queries lie side by side.
-        pieces = [x.chunk(1 if geometry.parallel is None else 2, 2) for x in (turned, gates, q_cmp)]
-        places = [positions] if positions is None else positions.chunk(len(pieces[0]), 1)
-        parts = [
-            nsa_attention_and_selection(
-                q_piece, k_slc, v_slc, k_cmp, v_cmp, gates_piece, self.nsa, q_cmp=q_cmp_piece, k_win=k_win, v_win=v_win,
-                kernel=self.kernel, cu_seqlens=geometry.cu_seqlens, positions=at,
-            )
-            for q_piece, gates_piece, q_cmp_piece, at in zip(*pieces, places, strict=True)
-        ]  # fmt: skip
-        out, block_indices = parts[0] if len(parts) == 1 else (torch.cat(each, 2) for each in zip(*parts, strict=True))
+        if geometry.parallel is not None:
+            keys = (k_slc, v_slc, k_win, v_win, k_cmp, v_cmp)
+            out, block_indices = self._shared(turned, q_cmp, gates, keys, geometry.parallel)
+        else:
+            out, block_indices = nsa_attention_and_selection(
+                turned, k_slc, v_slc, k_cmp, v_cmp, gates, self.nsa, q_cmp=q_cmp, k_win=k_win, v_win=v_win,
+                kernel=self.kernel, cu_seqlens=geometry.cu_seqlens, positions=positions,
+            )  # fmt: skip
         if self.recorder is not None:
             self.recorder(q_cmp, k_cmp, block_indices, gates)
         return self.to_out(rearrange(out, "b h t d -> b t (h d)"))
+
+    def _shared(
+        self, q: Tensor, q_cmp: Tensor, gates: Tensor, keys: tuple[Tensor, ...], parallel: ContextParallel
+    ) -> tuple[Tensor, Tensor]:
+        """Each of this process's two pieces against the tokens up to its end."""
+        parts = []
+        for i, (start, stop) in enumerate(parallel.ranges(keys[0].shape[2])):
+            k, v, k_win, v_win = (x[:, :, :stop] for x in keys[:4])
+            k_cmp, v_cmp = (x[:, :, : self.nsa.num_compressed(stop)] for x in keys[4:])
+            piece, piece_cmp, piece_gates = (x.chunk(2, 2)[i] for x in (q, q_cmp, gates))
+            parts.append(
+                nsa_attention_and_selection(
+                    piece, k, v, k_cmp, v_cmp, piece_gates, self.nsa, q_cmp=piece_cmp, k_win=k_win, v_win=v_win,
+                    kernel=self.kernel, offset=start,
+                )
+            )  # fmt: skip
+        out, block_indices = (torch.cat(each, 2) for each in zip(*parts, strict=True))
+        return out, block_indices
 
     def _branches(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Keys (or values) of cmp, slc and win, each [b, g, t, d]."""
