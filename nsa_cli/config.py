@@ -196,6 +196,7 @@ class TrainConfig:
     save_every: int = 500
     compile: bool = False
     cuda_graph: bool = False
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         for field in ("steps", "batch_tokens", "log_every", "eval_tokens"):
@@ -214,6 +215,7 @@ class TrainConfig:
         _require_number(self, "val_fraction", 0.0, 0.9)
         _require(isinstance(self.compile, bool), "compile", self.compile, "must be true or false")
         _require(isinstance(self.cuda_graph, bool), "cuda_graph", self.cuda_graph, "must be true or false")
+        _require(isinstance(self.recompute, bool), "recompute", self.recompute, "must be true or false")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dict of JSON values."""

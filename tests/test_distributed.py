@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,10 @@ def test_two_processes_train_as_one_and_each_can_go_on_where_the_other_stopped(f
         assert [line["skipped"] for line in steps(folders, f"bad number {way}")] == [0, 0, 1, 1, 1]
         assert all(bool(tensor.isfinite().all()) for tensor in weights(folders, f"bad number {way}").values())
     assert [said(folders, rank)["skipped"] for rank in (0, 1)] == [[1, 1], [1, 1]]
+    # The reader of process 0 went away, and both stopped where the state was saved.
+    left = [said(folders, rank)["left"] for rank in (0, 1)]
+    assert left == [[signal.SIGPIPE, left[0][1]]] * 2
+    assert load_state(folders / "left alone.state.safetensors")[1]["step"] == left[0][1] < 10
     assert curve(folders, "whole") == curve(folders, "parts"), "with dropout, the same bits on as many processes"
     assert same_tensors(weights(folders, "whole"), weights(folders, "parts"))
     assert not list(folders.glob("**/*.tmp"))

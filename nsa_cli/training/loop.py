@@ -108,9 +108,9 @@ def train(
             model_config, device=device, dtype=weights, kernel="auto" if kernel == "auto" else name,
             weights_device=team.weights_device(device),
         )  # fmt: skip
-        model.context_parallel = team.context
+        model.context_parallel, model.recompute = team.context, config.recompute
         if config.cuda_graph:
-            refuse_cuda_graph(device, model.kernel if sparse else "dense", processes=team.world)
+            refuse_cuda_graph(device, model.kernel if sparse else "dense", processes=team.world, recompute=config.recompute)
         machine = machine_record(model, config, device=device, dtype=dtype, notices=notices, processes=team.record())
         header = header_record(model, corpus, machine)
         optimizer, guard = make_optimizer(model, config), FiniteGuard(device)
