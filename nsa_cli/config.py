@@ -208,6 +208,7 @@ class TrainConfig:
     compile: bool = False
     cuda_graph: bool = False
     distill_weight: float = 1.0
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         for field in ("steps", "batch_tokens", "log_every", "eval_tokens", "max_skipped"):
@@ -232,6 +233,7 @@ class TrainConfig:
         _require(isinstance(self.pack, bool), "pack", self.pack, "must be true or false")
         _require(isinstance(self.compile, bool), "compile", self.compile, "must be true or false")
         _require(isinstance(self.cuda_graph, bool), "cuda_graph", self.cuda_graph, "must be true or false")
+        _require(isinstance(self.recompute, bool), "recompute", self.recompute, "must be true or false")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dict of JSON values."""

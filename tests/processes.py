@@ -28,6 +28,9 @@ CONSTANT = {"schedule": "constant", "eval_every": 2, "save_every": 0}
 UNEVEN = {**CONSTANT, "steps": 4, "batch_tokens": 5 * 32, "micro_batch_tokens": 2 * 32, "eval_tokens": 5 * 32}
 """Five windows a step and a validation: no number of processes but one shares them out evenly."""
 
+FOUR = ("ddp", "context fsdp")
+"""Of the ways to train, those that four processes try."""
+
 
 def launch(world: int, scenario: str, folder: Path) -> list[int]:
     """Exit codes of the processes; what they say goes to this test's own output."""
@@ -93,9 +96,11 @@ def _runs(folder: Path, rank: int) -> dict[str, Any]:
         corpus, team = text_corpus(folder / str(rank)), replace(pairs, context=None)
         ways = {"ddp": team, "fsdp": replace(team, parallel="fsdp")}
         shared = {"context ddp": pairs, "context fsdp": replace(pairs, parallel="fsdp")}
+        few = {name: way for name, way in (ways | shared).items() if team.world == 2 or name in FOUR}
         for sparse in (False, True) if team.world == 2 else (True,):
-            for name, way in (ways | shared).items():
-                run(folder, corpus, f"{name} {sparse}", sparse=sparse, config=UNEVEN, team=way)
+            for name, way in few.items():
+                config = {**UNEVEN, "recompute": name == "context fsdp"}
+                run(folder, corpus, f"{name} {sparse}", sparse=sparse, config=config, team=way)
         assert dist.group.WORLD is not None
         told: dict[str, Any] = {"differences": _differences(ContextParallel(dist.group.WORLD, rank, team.world))}
         if team.world > 2:
@@ -109,6 +114,7 @@ def _runs(folder: Path, rank: int) -> dict[str, Any]:
             run(folder, corpus, name, model={"dropout": 0.1}, config={**UNEVEN, "steps": steps}, team=team)
         resume = folder / "parts.safetensors"
         run(folder, corpus, "parts", model={"dropout": 0.1}, config=UNEVEN, resume=resume, team=team)
+        told["left"] = _left_alone(folder, team)
         return told | {"skipped": [_bad_number(folder, name, way) for name, way in ways.items()]}
 
 
@@ -162,6 +168,19 @@ def _bad_number(folder: Path, name: str, team: Team) -> int:
             hook_losses(patch, lambda call, training, loss: loss * math.nan if training and call == 3 else None)
         corpus, config = text_corpus(folder / str(team.rank)), {"steps": 5, "eval_every": 0}
         return run(folder, corpus, f"bad number {name}", config=config, team=team).skipped
+
+
+def _left_alone(folder: Path, team: Team) -> tuple[int | None, int]:
+    """Signal and step of a run whose reader goes away at its second step."""
+    from tests.training_runs import Told, run, text_corpus
+
+    def leave(line: dict[str, Any]) -> None:
+        if line["step"] == 2:
+            raise BrokenPipeError
+
+    corpus, config = text_corpus(folder / str(team.rank)), {"steps": 100, "eval_every": 0, "save_every": 0}
+    result = run(folder, corpus, "left alone", config=config, reporter=Told(leave), team=team)
+    return result.signal, result.step
 
 
 def _errors(folder: Path, rank: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from nsa_cli.model.parallel import ContextParallel
 from nsa_cli.training.batches import BatchPlan
 from nsa_cli.training.distributed import Team, open_team
 from tests.command_line import environment, text
-from tests.processes import UNEVEN, launch, said
+from tests.processes import FOUR, UNEVEN, launch, said
 from tests.training_runs import curve, records, run, same_tensors, steps, text_corpus, weights
 
 
@@ -94,6 +95,10 @@ def test_two_processes_train_as_one_and_each_can_go_on_where_the_other_stopped(f
         assert [line["skipped"] for line in steps(folders, f"bad number {way}")] == [0, 0, 1, 1, 1]
         assert all(bool(tensor.isfinite().all()) for tensor in weights(folders, f"bad number {way}").values())
     assert [said(folders, rank)["skipped"] for rank in (0, 1)] == [[1, 1], [1, 1]]
+    # The reader of process 0 went away, and both stopped where the state was saved.
+    left = [said(folders, rank)["left"] for rank in (0, 1)]
+    assert left == [[signal.SIGPIPE, left[0][1]]] * 2
+    assert load_state(folders / "left alone.state.safetensors")[1]["step"] == left[0][1] < 10
     assert curve(folders, "whole") == curve(folders, "parts"), "with dropout, the same bits on as many processes"
     assert same_tensors(weights(folders, "whole"), weights(folders, "parts"))
     assert not list(folders.glob("**/*.tmp"))
@@ -102,7 +107,7 @@ def test_two_processes_train_as_one_and_each_can_go_on_where_the_other_stopped(f
 def test_four_processes_train_as_one_although_some_have_nothing_to_do(folders: Path) -> None:
     run(folders, text_corpus(folders), "one", sparse=True, config=UNEVEN)
     assert launch(4, "runs", folders) == [0] * 4
-    for way in WAYS + PAIRED:
+    for way in FOUR:
         same_curve(folders, "one", f"{way} True")
         assert records(folders, f"{way} True")[0]["context_parallel"] == (2 if way in PAIRED else 1)
     same_over_all(folders, 4)

@@ -206,6 +206,12 @@ CudaGraph = Annotated[
     bool | None,
     _field(_flag, "--cuda-graph/--no-cuda-graph", "Replay each step as a CUDA graph: small models train faster.", RUNNING),
 ]
+Recompute = Annotated[
+    bool | None,
+    _field(
+        _flag, "--recompute/--no-recompute", "Keep each block's input alone, and compute the rest again: less memory.", RUNNING
+    ),
+]
 ParallelName = Annotated[
     Parallel,
     _flag("--parallel", "Under torchrun each process holds all weights (ddp), or a shard of them (fsdp).", RUNNING),

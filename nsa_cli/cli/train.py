@@ -98,6 +98,7 @@ def train(
     kernel: options.KernelName = "auto",
     compile: options.Compile = None,
     cuda_graph: options.CudaGraph = None,
+    recompute: options.Recompute = None,
     parallel: options.ParallelName = "ddp",
     context_parallel: options.ContextProcesses = 1,
     seed: options.Seed = 1337,

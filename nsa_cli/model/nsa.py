@@ -7,7 +7,7 @@ unturned (compress_rope "none") or turned at each block's first position ("block
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from nsa_cli.config import ModelConfig
 from nsa_cli.model.attention import Geometry, join_heads, split_heads
 from nsa_cli.model.cache import Cache, LayerCache, Span
 from nsa_cli.model.compress import make_compression
+from nsa_cli.model.parallel import ContextParallel
 from nsa_cli.model.rotary import rotate
 from nsa_cli.ops import compressed_attention, selected_attention, window_attention
 from nsa_cli.ops.decode import decode_attention
@@ -71,19 +72,14 @@ class SparseAttention(nn.Module):
             k_cmp = self._compress_keys(k_raw, geometry)
             v_cmp = self.compress_v.compress(v_raw, geometry.block_starts, self.kernel).to(turned.dtype)
             k_cmp = k_cmp.to(turned.dtype)
-            # Of a sequence that processes share, each of the two pieces is a call: its queries lie side by side.
-            pieces = [x.chunk(1 if geometry.parallel is None else 2, 2) for x in (turned, gates, q_cmp)]
-            places: Sequence[Tensor | None] = [None]
+            keys = (k_slc, v_slc, k_win, v_win, k_cmp, v_cmp)
             if geometry.parallel is not None:
-                places = geometry.positions.expand(len(x), -1).chunk(2, 1)
-            parts = [
-                nsa_attention_and_selection(
-                    q_piece, k_slc, v_slc, k_cmp, v_cmp, gates_piece, self.nsa, q_cmp=q_cmp_piece, k_win=k_win, v_win=v_win,
-                    kernel=self.kernel, cu_seqlens=geometry.cu_seqlens, positions=at,
-                )
-                for q_piece, gates_piece, q_cmp_piece, at in zip(*pieces, places, strict=True)
-            ]  # fmt: skip
-            out, block_indices = parts[0] if len(parts) == 1 else (torch.cat(each, 2) for each in zip(*parts, strict=True))
+                out, block_indices = self._shared(turned, q_cmp, gates, keys, geometry.parallel)
+            else:
+                out, block_indices = nsa_attention_and_selection(
+                    turned, k_slc, v_slc, k_cmp, v_cmp, gates, self.nsa, q_cmp=q_cmp, k_win=k_win, v_win=v_win,
+                    kernel=self.kernel, cu_seqlens=geometry.cu_seqlens,
+                )  # fmt: skip
             if layer is not None:
                 self._fill(geometry, layer, new, k_cmp, v_cmp)
         else:
@@ -93,6 +89,24 @@ class SparseAttention(nn.Module):
         if self.recorder is not None:
             self.recorder(q_cmp, k_cmp, block_indices, gates)
         return self.to_out(join_heads(out))
+
+    def _shared(
+        self, q: Tensor, q_cmp: Tensor, gates: Tensor, keys: tuple[Tensor, ...], parallel: ContextParallel
+    ) -> tuple[Tensor, Tensor]:
+        """Each of this process's two pieces against the tokens up to its end."""
+        parts = []
+        for i, (start, stop) in enumerate(parallel.ranges(keys[0].shape[2])):
+            k, v, k_win, v_win = (x[:, :, :stop] for x in keys[:4])
+            k_cmp, v_cmp = (x[:, :, : self.nsa.num_compressed(stop)] for x in keys[4:])
+            piece, piece_cmp, piece_gates = (x.chunk(2, 2)[i] for x in (q, q_cmp, gates))
+            parts.append(
+                nsa_attention_and_selection(
+                    piece, k, v, k_cmp, v_cmp, piece_gates, self.nsa, q_cmp=piece_cmp, k_win=k_win, v_win=v_win,
+                    kernel=self.kernel, offset=start,
+                )
+            )  # fmt: skip
+        out, block_indices = (torch.cat(each, 2) for each in zip(*parts, strict=True))
+        return out, block_indices
 
     def _branches(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Keys (or values) of cmp, slc and win, each [b, g, t, d]."""

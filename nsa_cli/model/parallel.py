@@ -7,10 +7,7 @@ in the sequence's order, and gives each query its position; compressed blocks ar
 itself, so that none has to cross an edge. The gradient of a gathered tensor is summed over the processes and each keeps its own
 tokens' part.
 
-Sparse attention runs on the `torch` kernel here, whatever `--kernel` says: the Triton kernels take as many queries as keys. Each
-piece is one call whose queries are the last tokens of the prefix that they see, k[:, :, :stop], so what the kernels need is the
-position of the first query: added to a query's place in every mask, and taken off where the gradients of keys look for
-the queries that see them.
+Each piece is one call of a kernel, whose queries are the last tokens of the prefix that they see, k[:, :, :stop].
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from nsa_cli.config import ModelConfig
 from nsa_cli.model.attention import DenseAttention, Geometry
@@ -65,6 +66,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.kernel = config, kernel
         self.context_parallel: ContextParallel | None = None
+        self.recompute = False
         self.rotary = Rotary(config.dim_head, config.rope_theta)
         self.token_emb = nn.Embedding(config.vocab_size, config.dim)
         self.dropout = nn.Dropout(config.dropout)
@@ -104,6 +106,7 @@ class Transformer(nn.Module):
         positions start anew in every document. cache: the ids continue each of its sequences, and are added to it.
         counts: with a cache, how many of each row's ids are real; what follows is padding on the right. last: logits of each
         row's last real token alone, [b, 1, vocab]; of a row with none, whatever.
+        With `recompute` a training pass keeps each block's input alone, and the backward computes the block again.
         With `context_parallel` every process of the group passes the same ids, and gets the logits of its own tokens
         (`context_parallel.split`), or the mean over them: all have equally many, so the mean of those is the loss.
         Raises ValueError for wrong shapes, dtypes or ids outside of the vocabulary's range (on a CPU).
@@ -117,7 +120,10 @@ class Transformer(nn.Module):
         geometry = self._geometry(ids, cu_seqlens, cache, counts)
         x = self.dropout(self.token_emb(ids))
         for i, block in enumerate(self.layers):
-            x = block(x, geometry, None if cache is None else cache.layers[i])
+            if self.recompute and cache is None and self.training and torch.is_grad_enabled():
+                x = checkpoint(block, x, geometry, use_reentrant=False)
+            else:
+                x = block(x, geometry, None if cache is None else cache.layers[i])
         if cache is not None and geometry.span is not None:
             cache.advance(geometry.span)
         if last and ids.shape[1] > 1:

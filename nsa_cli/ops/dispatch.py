@@ -231,15 +231,26 @@ def nsa_attention_and_selection(
     kernel: str = "auto",
     cu_seqlens: Tensor | None = None,
     positions: Tensor | None = None,
+    offset: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`nsa_attention`, and the block_indices [b, g, t, n] that it attended to (for those who look into a model)."""
+    """`nsa_attention`, and the block_indices [b, g, t, n] that it attended to (for those who look into a model).
+
+    offset: instead of positions, for queries that are the last tokens of a document, offset .. offset + t - 1, whose keys,
+    values and compressed blocks are all there: every kernel takes those.
+    """
+    if offset is not None:
+        if positions is not None or cu_seqlens is not None or k.shape[2] != offset + q.shape[2] or offset < 0:
+            rule = "must make k's tokens with q's, without positions or cu_seqlens"
+            raise ValueError(f"offset = {offset}: {rule}, and k has {k.shape[2]} and q {q.shape[2]}")
+        positions = torch.arange(offset, k.shape[2], device=q.device).expand(q.shape[0], -1)
+        _check_blocks(k_cmp, config.num_compressed(k.shape[2]), k.shape[2])
     q_cmp = q if q_cmp is None else q_cmp
     k_win = k if k_win is None else k_win
     v_win = v if v_win is None else v_win
     _check_attention(("q", "k", "v"), q, k, v, positions)
     _check_attention(("q", "k_win", "v_win"), q, k_win, v_win, positions)
     _check_attention(("q_cmp", "k_cmp", "v_cmp"), q_cmp, k_cmp, v_cmp, positions)
-    name, scale = _resolve(q, k, v, config, scale, kernel, positions)
+    name, scale = _resolve(q, k, v, config, scale, kernel, positions if offset is None else None)
     if q_cmp.shape[:3] != q.shape[:3] or q_cmp.dtype != q.dtype or q_cmp.device != q.device:
         raise ValueError(f"q_cmp is {_describe(q_cmp)}: must agree with q, {_describe(q)}, in all but the head dim")
     if gates.shape != (*q.shape[:3], 3) or not gates.is_floating_point() or gates.device != q.device:
@@ -250,9 +261,10 @@ def nsa_attention_and_selection(
     if name == "triton":
         same_keys = q_cmp.shape[3] == q.shape[3] == k_win.shape[3] and k_win.shape[1] == k_cmp.shape[1] == k.shape[1]
         if same_keys:
-            _check_packed(cu_seqlens, q, k_cmp, config)
+            if offset is None:
+                _check_packed(cu_seqlens, q, k_cmp, config)
             return _triton().nsa_attention(
-                q, k, v, k_cmp, v_cmp, gates, config, scale=scale, cu_seqlens=cu_seqlens,
+                q, k, v, k_cmp, v_cmp, gates, config, scale=scale, cu_seqlens=cu_seqlens, offset=offset or 0,
                 q_cmp=None if q_cmp is q else q_cmp, k_win=None if k_win is k else k_win, v_win=None if v_win is v else v_win,
             )  # fmt: skip
     o_cmp, block_indices = compressed_attention(

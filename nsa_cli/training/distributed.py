@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -31,6 +30,7 @@ from nsa_cli.config import Parallel
 from nsa_cli.errors import ExitCode, NsaError
 from nsa_cli.model import Transformer
 from nsa_cli.model.parallel import ContextParallel
+from nsa_cli.training.agreement import AgreedInterruption, Listened, NoLog
 from nsa_cli.training.metrics import MetricsLog
 from nsa_cli.training.run import Reporter, SilentReporter
 from nsa_cli.training.signals import Interruption
@@ -183,69 +183,11 @@ class Team:
 
     def listened(self, reporter: Reporter, heard: Interruption) -> Reporter:
         """A reporter whose reader may leave: the run then ends on all processes as after a signal (SIGPIPE, exit 141)."""
-        return reporter if self.alone else _Listened(reporter, heard)
+        return reporter if self.alone else Listened(reporter, heard)
 
     def log(self, log: MetricsLog) -> MetricsLog:
         """The metrics file, for the first process."""
-        return log if self.first else _NoLog(log.path)
-
-
-class AgreedInterruption(Interruption):
-    """Set on all processes at the same `poll`, by a signal that any of them caught.
-
-    A poll reads the answer to the one before, which came in meanwhile: nobody waits for it, the GPU least of all.
-    """
-
-    def __init__(self, heard: Interruption) -> None:
-        super().__init__()
-        self._heard = heard
-        self._asked: tuple[Tensor, Any] | None = None
-
-    def poll(self) -> None:
-        """Collective: every process polls at the same places of the run."""
-        if self._asked is not None:
-            answer, work = self._asked
-            work.wait()
-            self.signum = self.signum or int(answer.item()) or None
-        mine = torch.tensor([self._heard.signum or 0])
-        self._asked = mine, dist.all_reduce(mine, dist.ReduceOp.MAX, async_op=True)
-
-
-class _Listened:
-    """A Reporter that turns BrokenPipeError into an interruption, and is silent from then on."""
-
-    def __init__(self, reporter: Reporter, heard: Interruption) -> None:
-        self._reporter, self._heard = reporter, heard
-
-    def start(self, info: dict[str, Any]) -> None:
-        self._tell(lambda to: to.start(info))
-
-    def metrics(self, line: dict[str, Any]) -> None:
-        self._tell(lambda to: to.metrics(line))
-
-    def progress(self, step: int, steps: int, line: Mapping[str, Any]) -> None:
-        self._tell(lambda to: to.progress(step, steps, line))
-
-    def notice(self, text: str) -> None:
-        self._tell(lambda to: to.notice(text))
-
-    def finish(self, summary: dict[str, Any]) -> None:
-        self._tell(lambda to: to.finish(summary))
-
-    def _tell(self, say: Callable[[Reporter], None]) -> None:
-        try:
-            say(self._reporter)
-        except BrokenPipeError:
-            self._reporter = SilentReporter()
-            self._heard.signum = self._heard.signum or signal.SIGPIPE
-
-
-class _NoLog(MetricsLog):
-    """A metrics file that another process writes."""
-
-    def start(self, header: dict[str, Any]) -> None: ...
-    def resume(self, *what: Any) -> None: ...
-    def write(self, record: dict[str, Any]) -> None: ...
+        return log if self.first else NoLog(log.path)
 
 
 @contextmanager
@@ -289,9 +231,10 @@ def open_team(device: str = "auto", parallel: Parallel = "ddp", context: int = 1
         yield team
         team.wait()
     except Exception as error:
-        raise _told_once(error, store, rank) from error
-    finally:
-        dist.destroy_process_group()
+        told = _told_once(error, store, rank)
+        _leave(own)
+        raise told from error
+    dist.destroy_process_group()
 
 
 def _are(processes: int) -> str:
@@ -310,6 +253,15 @@ def _own_device(name: str, local: int, world: int) -> torch.device:
         fewer = f"torchrun --nproc-per-node {count}, or " if count else ""
         raise NsaError(message, f"{fewer}--device cpu", ExitCode.UNAVAILABLE)
     return torch.device("cuda", local)
+
+
+def _leave(own: torch.device) -> None:
+    """After an error. NCCL, told to end in good order, would wait for processes that wait for this one."""
+    if own.type == "cuda":
+        with suppress(RuntimeError, AttributeError):
+            dist.distributed_c10d._abort_process_group()
+    else:
+        dist.destroy_process_group()
 
 
 def _told_once(error: Exception, store: Any, rank: int) -> Exception:

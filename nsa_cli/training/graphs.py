@@ -20,11 +20,14 @@ Forward = Callable[[Tensor, Tensor], Tensor]
 Autocast = Callable[[], AbstractContextManager[Any]]
 
 
-def refuse_cuda_graph(device: torch.device, kernel: str, processes: int = 1) -> None:
-    """NsaError with exit 5 where a step cannot be captured: off a CUDA GPU, with kernels that ask the device, and where
-    processes exchange gradients."""
+def refuse_cuda_graph(device: torch.device, kernel: str, processes: int = 1, recompute: bool = False) -> None:
+    """NsaError with exit 5 where a step cannot be captured: off a CUDA GPU, with kernels that ask the device, where
+    processes exchange gradients, and where a backward computes again what it needs the random numbers of a forward for."""
     if device.type != "cuda":
         raise NsaError("--cuda-graph needs a CUDA GPU", "leave out --cuda-graph", ExitCode.UNAVAILABLE)
+    if recompute:
+        message = "--cuda-graph cannot capture --recompute, which sets random numbers back"
+        raise NsaError(message, "leave out one of them", ExitCode.UNAVAILABLE)
     if processes > 1:
         message = f"--cuda-graph captures the step of one process, and this run has {processes}"
         raise NsaError(message, "leave out --cuda-graph", ExitCode.UNAVAILABLE)

@@ -131,14 +131,14 @@ def train(
             weights_device=team.weights_device(device),
         )  # fmt: skip
         if config.cuda_graph:
-            refuse_cuda_graph(device, model.kernel if sparse else "dense", processes=team.world)
+            refuse_cuda_graph(device, model.kernel if sparse else "dense", processes=team.world, recompute=config.recompute)
         origins = {} if saved is None else saved.origins
         if init_from is not None:
             autocast = partial(arithmetic, device, dtype)
             start = begin_from(init_from, model, corpus, plan, eval_tokens=config.eval_tokens, autocast=autocast)
             reporter.notice(told(start))
             origins = {"init_from": start}
-        model.context_parallel = team.context
+        model.context_parallel, model.recompute = team.context, config.recompute
         teacher = None
         if teacher_record is not None:
             teacher = load_teacher(Path(teacher_record["path"]), corpus.tokenizer, device=device, dtype=weights)

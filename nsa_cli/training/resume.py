@@ -2,8 +2,8 @@
 
 A resumed run must be what one uninterrupted run with the new settings would have been. So these may change:
 
-* paths, log_every, eval_every, save_every, sample_every, keep, patience, max_skipped, compile, cuda_graph, device, kernel,
-  dtype: how the run is done and watched, and when it ends;
+* paths, log_every, eval_every, save_every, sample_every, keep, patience, max_skipped, compile, cuda_graph, recompute, device,
+  kernel, dtype: how the run is done and watched, and when it ends;
 * micro_batch_tokens: the same gradient added up in other parts (its last bits may change);
 * steps, schedule, lr, min_lr_ratio, warmup, decay_ratio: as far as every update already made would have had the same
   learning rate. That extends a constant run at any time, a wsd run before its decay has begun, and neither a cosine nor
@@ -31,7 +31,7 @@ from nsa_cli.errors import ExitCode, NsaError
 from nsa_cli.training.run import RunPaths
 from nsa_cli.training.schedule import learning_rate
 
-FREE = frozenset({"micro_batch_tokens", "log_every", "eval_every", "save_every", "compile", "cuda_graph"})
+FREE = frozenset({"micro_batch_tokens", "log_every", "eval_every", "save_every", "compile", "cuda_graph", "recompute"})
 FREE |= {"max_skipped", "patience", "keep", "sample_every"}
 RATE = ("steps", "schedule", "lr", "min_lr_ratio", "warmup", "decay_ratio")
 

@@ -94,14 +94,15 @@ def store_queries(x, b_x, i_b, i_u, t0, o_row, m_row, RP: tl.constexpr, M: tl.co
 
 @triton.jit
 def key_bounds(
-    o_t, p_start, p_base, BRANCH: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
+    o_t, OFFSET, p_start, p_base, BRANCH: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
     NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Keys [low, high) that query o_t (a scalar or a block of tokens) attends to."""
+    """Keys [low, high) that query o_t (a scalar or a block of tokens), which is token o_t + OFFSET, attends to."""
     start = o_t * 0
     if PACKED:
         start = tl.load(p_start + o_t)
-    o_p = o_t - start
+    o_a = o_t + OFFSET
+    o_p = o_a - start
     if BRANCH == CMP:
         low = start * 0
         if PACKED:
@@ -109,10 +110,10 @@ def key_bounds(
         # Triton's // truncates toward zero: without the guard a query below l - 1 would see block 0.
         high = low + tl.where(o_p >= LENGTH - 1, (o_p - LENGTH + 1) // STRIDE + 1, 0)
     elif BRANCH == WIN:
-        low = tl.maximum(o_t - WINDOW + 1, start)
-        high = o_t + 1
+        low = tl.maximum(o_a - WINDOW + 1, start)
+        high = o_a + 1
     else:
-        high = o_t + 1
+        high = o_a + 1
         low = tl.minimum(start + tl.maximum(o_p // BLOCK - NUM_LOCAL + 1, 0) * BLOCK, high)
         if BRANCH == INIT:
             high = tl.minimum(low, start + NUM_INIT * BLOCK)
@@ -122,7 +123,7 @@ def key_bounds(
 
 @triton.jit
 def query_bounds(
-    o_s, N, p_start, p_end, p_first, p_last, BRANCH: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr,
+    o_s, N, OFFSET, p_start, p_end, p_first, p_last, BRANCH: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr,
     BLOCK: tl.constexpr, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Queries [low, high) that see key o_s: the inverse of `key_bounds`."""
@@ -131,11 +132,11 @@ def query_bounds(
             low = tl.load(p_first + o_s)
             high = tl.load(p_last + o_s)
         else:
-            low = tl.minimum(o_s * STRIDE + LENGTH - 1, N)
+            low = tl.minimum(tl.maximum(o_s * STRIDE + LENGTH - 1 - OFFSET, 0), N)
             high = o_s * 0 + N
     else:
         start = o_s * 0
-        high = o_s * 0 + N
+        high = o_s * 0 + N + OFFSET
         if PACKED:
             start = tl.load(p_start + o_s)
             high = tl.load(p_end + o_s)
@@ -149,6 +150,8 @@ def query_bounds(
                 high = local
             else:
                 low = tl.where(block < NUM_INIT, local, high)
+        low = tl.maximum(low - OFFSET, 0)
+        high = tl.maximum(high - OFFSET, 0)
     return low, high
 
 
@@ -174,10 +177,10 @@ def attend_keys(
     return b_acc, b_max, b_sum
 
 
-@triton.jit(do_not_specialize=["N", "GRID"])
+@triton.jit(do_not_specialize=["N", "OFFSET", "GRID"])
 def attend_forward(
-    x_q, d_k, d_v, x_o, p_lse, p_start, p_base, N, GRID, scale, stride_qb, stride_qh, stride_qt, stride_ob, stride_oh,
-    stride_ot, UNITS: tl.constexpr, SHARE: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr,
+    x_q, d_k, d_v, x_o, p_lse, p_start, p_base, N, OFFSET, GRID, scale, stride_qb, stride_qh, stride_qt, stride_ob,
+    stride_oh, stride_ot, UNITS: tl.constexpr, SHARE: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr,
     E: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BRANCH: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr,
     BLOCK: tl.constexpr, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
     M: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
@@ -193,10 +196,10 @@ def attend_forward(
     o_m = tl.arange(0, M)
     o_t, o_r = t0 + o_m // RP, o_m % RP
     low, high = key_bounds(
-        tl.minimum(o_t, N - 1), p_start, p_base, BRANCH, LENGTH, STRIDE, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED
+        tl.minimum(o_t, N - 1), OFFSET, p_start, p_base, BRANCH, LENGTH, STRIDE, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED
     )
-    from_key, all_to = key_bounds(t0, p_start, p_base, BRANCH, LENGTH, STRIDE, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED)
-    all_from, to_key = key_bounds(t1, p_start, p_base, BRANCH, LENGTH, STRIDE, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED)
+    from_key, all_to = key_bounds(t0, OFFSET, p_start, p_base, BRANCH, LENGTH, STRIDE, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED)
+    all_from, to_key = key_bounds(t1, OFFSET, p_start, p_base, BRANCH, LENGTH, STRIDE, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED)
     m_row = (o_t < N) & (o_r < R)
     o_row = row_offsets(i_b, i_u, o_t, o_r, stride_qb, stride_qh, stride_qt, R)
     b_q = load_queries(x_q, i_b, i_u, t0, o_row, m_row, RP, M, D, DK)
@@ -235,10 +238,10 @@ def gradient_keys(
     return b_acc
 
 
-@triton.jit(do_not_specialize=["N", "GRID"])
+@triton.jit(do_not_specialize=["N", "OFFSET", "GRID"])
 def attend_dq(
-    x_q, x_do, d_k, d_v, x_dq, p_lse, p_delta, p_gate, p_start, p_base, N, GRID, scale, dq_scale, stride_qb, stride_qh,
-    stride_qt, stride_ob, stride_oh, stride_ot, stride_db, stride_dh, stride_dt,
+    x_q, x_do, d_k, d_v, x_dq, p_lse, p_delta, p_gate, p_start, p_base, N, OFFSET, GRID, scale, dq_scale, stride_qb,
+    stride_qh, stride_qt, stride_ob, stride_oh, stride_ot, stride_db, stride_dh, stride_dt,
     UNITS: tl.constexpr, SHARE: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BRANCH: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr,
     BLOCK: tl.constexpr, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
@@ -255,10 +258,10 @@ def attend_dq(
     o_m = tl.arange(0, M)
     o_t, o_r = t0 + o_m // RP, o_m % RP
     low, high = key_bounds(
-        tl.minimum(o_t, N - 1), p_start, p_base, BRANCH, LENGTH, STRIDE, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED
+        tl.minimum(o_t, N - 1), OFFSET, p_start, p_base, BRANCH, LENGTH, STRIDE, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED
     )
-    from_key, all_to = key_bounds(t0, p_start, p_base, BRANCH, LENGTH, STRIDE, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED)
-    all_from, to_key = key_bounds(t1, p_start, p_base, BRANCH, LENGTH, STRIDE, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED)
+    from_key, all_to = key_bounds(t0, OFFSET, p_start, p_base, BRANCH, LENGTH, STRIDE, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED)
+    all_from, to_key = key_bounds(t1, OFFSET, p_start, p_base, BRANCH, LENGTH, STRIDE, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED)
     m_row = (o_t < N) & (o_r < R)
     o_row = row_offsets(i_b, i_u, o_t, o_r, stride_qb, stride_qh, stride_qt, R)
     b_q = load_queries(x_q, i_b, i_u, t0, o_row, m_row, RP, M, D, DK)
@@ -281,9 +284,9 @@ def attend_dq(
     store_queries(x_dq, b_acc, i_b, i_u, t0, o_row, m_row, RP, M, D, DK)
 
 
-@triton.jit(do_not_specialize=["N", "KEYS", "GRID", "CHUNK"])
+@triton.jit(do_not_specialize=["N", "OFFSET", "KEYS", "GRID", "CHUNK"])
 def attend_dkv(
-    d_q, d_do, d_k, d_v, p_dk, p_dv, p_lse, p_delta, p_gate, p_start, p_end, p_first, p_last, N, KEYS, GRID, CHUNK,
+    d_q, d_do, d_k, d_v, p_dk, p_dv, p_lse, p_delta, p_gate, p_start, p_end, p_first, p_last, N, OFFSET, KEYS, GRID, CHUNK,
     scale, dk_scale, UNITS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BRANCH: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr,
     BLOCK: tl.constexpr, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
@@ -303,14 +306,14 @@ def attend_dkv(
     j1 = tl.minimum(j0 + BN, KEYS) - 1
     o_s = j0 + tl.arange(0, BN)
     low, high = query_bounds(
-        tl.minimum(o_s, KEYS - 1), N, p_start, p_end, p_first, p_last, BRANCH, LENGTH, STRIDE, BLOCK, NUM_INIT,
+        tl.minimum(o_s, KEYS - 1), N, OFFSET, p_start, p_end, p_first, p_last, BRANCH, LENGTH, STRIDE, BLOCK, NUM_INIT,
         NUM_LOCAL, WINDOW, PACKED,
     )  # fmt: skip
     from_query, all_to = query_bounds(
-        j0, N, p_start, p_end, p_first, p_last, BRANCH, LENGTH, STRIDE, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED
+        j0, N, OFFSET, p_start, p_end, p_first, p_last, BRANCH, LENGTH, STRIDE, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED
     )
     all_from, to_query = query_bounds(
-        j1, N, p_start, p_end, p_first, p_last, BRANCH, LENGTH, STRIDE, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED
+        j1, N, OFFSET, p_start, p_end, p_first, p_last, BRANCH, LENGTH, STRIDE, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED
     )
     from_query = tl.maximum(from_query // BQ * BQ, i_split * CHUNK)  # CHUNK is a multiple of BQ: no tile is in two splits
     to_query = tl.minimum(to_query, (i_split + 1) * CHUNK)

@@ -43,9 +43,9 @@ class Index:
         return min(entries // self.item + units * self.blocks, entries)
 
 
-@triton.jit(do_not_specialize=["ENTRIES", "N", "UNITS_A_HEAD", "BLOCKS", "LISTS", "CHUNK"])
+@triton.jit(do_not_specialize=["ENTRIES", "N", "OFFSET", "UNITS_A_HEAD", "BLOCKS", "LISTS", "CHUNK"])
 def entry_lists(
-    p_indices, p_lists, p_start, p_sel_base, ENTRIES, N, UNITS_A_HEAD, BLOCKS, LISTS, CHUNK, BLOCK: tl.constexpr,
+    p_indices, p_lists, p_start, p_sel_base, ENTRIES, N, OFFSET, UNITS_A_HEAD, BLOCKS, LISTS, CHUNK, BLOCK: tl.constexpr,
     NUM: tl.constexpr, FREE: tl.constexpr, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr, PACKED: tl.constexpr,
     SIZE: tl.constexpr,
 ):  # fmt: skip
@@ -58,7 +58,7 @@ def entry_lists(
     if PACKED:
         start = tl.load(p_start + o_t, mask=m_e, other=0)
         base = tl.load(p_sel_base + o_t, mask=m_e, other=0)
-    current = (o_t - start) // BLOCK
+    current = (o_t + OFFSET - start) // BLOCK
     block = tl.load(p_indices + o_row * NUM + NUM_INIT + o_f, mask=m_e, other=-1)
     full = (block >= 0) & (block <= current)
     if NUM_INIT + NUM_LOCAL > 0:
@@ -83,12 +83,13 @@ def fill_items(p_ends, p_items, p_item_list, p_item_start, LISTS, ITEM, SIZE: tl
 
 def build_index(
     indices: Tensor, *, select_block: int, num_init: int, num_local: int, blocks: int, chunk: int, item: int,
-    start: Tensor | None, sel_base: Tensor | None,
+    start: Tensor | None, sel_base: Tensor | None, offset: int = 0,
 ) -> Index:  # fmt: skip
     """The index of block_indices int32 [b, g, t, n], without the forced places (the first num_init and the last num_local).
 
     blocks: how many selection blocks there are, over all documents. chunk: query tokens a unit. item: queries an item.
     start, sel_base: int32 [t], of packed documents: the first token of a token's document, and its first block.
+    offset: the first query's token.
     """
     b, g, n, num = indices.shape
     free = num - num_init - num_local
@@ -99,7 +100,7 @@ def build_index(
     of_entry = torch.empty(entries, dtype=torch.int32, device=device)
     size = 1024
     entry_lists[(triton.cdiv(entries, size),)](
-        indices, of_entry, start, sel_base, entries, n, units_a_head, blocks, lists, chunk,
+        indices, of_entry, start, sel_base, entries, n, offset, units_a_head, blocks, lists, chunk,
         BLOCK=select_block, NUM=num, FREE=free, NUM_INIT=num_init, NUM_LOCAL=num_local, PACKED=start is not None, SIZE=size,
     )  # fmt: skip
     sorted_lists, order = torch.sort(of_entry, stable=True)

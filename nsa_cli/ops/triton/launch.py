@@ -77,7 +77,7 @@ def attend_forward(branch: str, q: Tensor, k: Tensor, v: Tensor, out: Tensor, p:
     grid = (triton.cdiv(p.n, m // rp) * p.b * units,)
     attend.attend_forward[grid](
         _stays(q, rp, m, p.dk), head_rows(k, tile.keys, p.dk), head_rows(v, tile.keys, p.dv), _stays(out, rp, m, p.dv), lse,
-        p.table("start"), p.table("base"), p.n,
+        p.table("start"), p.table("base"), p.n, p.offset,
         p.b * units, p.scale_log2, *_at(q), *_at(out), UNITS=units, SHARE=share, R=r, RP=rp, D=p.d, E=p.e, DK=p.dk, DV=p.dv,
         BRANCH=_branch(branch), **p.bounds(),
         M=m, BN=tile.keys, PRECISION=p.precision, **tile.options(),
@@ -99,18 +99,18 @@ def select(q: Tensor, k_cmp: Tensor, lse: Tensor, p: Problem) -> Tensor:
     tables = [p.table(name) for name in ("start", "base", "sel_base", "sel_first", "sel_last")]
     for t0 in range(0, p.n, rows):
         t1 = min(t0 + rows, p.n)
-        reach = blocks if p.packed else config.num_select_blocks(t1)
+        reach = blocks if p.packed else config.num_select_blocks(t1 + p.offset)
         key_tiles = triton.cdiv(reach, bn // step - 1)
         grid = (p.b * p.g * triton.cdiv(t1 - t0, tile.rows) * key_tiles,)
         selection.block_importance[grid](
-            d_q, k_cmp, lse, scores, *tables, t0, t1, p.n, k_cmp.shape[2], blocks, p.b * p.g, key_tiles,
+            d_q, k_cmp, lse, scores, *tables, t0, t1, p.n, p.offset, k_cmp.shape[2], blocks, p.b * p.g, key_tiles,
             p.scale_log2, k_cmp.stride(0), k_cmp.stride(1), k_cmp.stride(2), G=p.g, R=p.r, D=p.d, DK=p.dk,
             LENGTH=config.compress_block, STRIDE=config.compress_stride, BLOCK=config.select_block, STEP=step,
             PACKED=p.packed, BM=tile.rows, BN=bn, PRECISION=p.precision, **tile.options(),
         )  # fmt: skip
         width = max(16, triton.next_power_of_2(reach))
         selection.select_top[(p.b * p.g * (t1 - t0),)](
-            scores, indices, p.table("start"), p.table("sel_base"), t0, t1, p.n, blocks, BLOCK=config.select_block,
+            scores, indices, p.table("start"), p.table("sel_base"), t0, t1, p.n, p.offset, blocks, BLOCK=config.select_block,
             NUM=config.num_selected, NUM_INIT=config.num_init, NUM_LOCAL=config.num_local, PACKED=p.packed,
             PLACES=triton.next_power_of_2(config.num_selected), WIDTH=width, num_warps=max(1, min(8, width // 2048)),
         )  # fmt: skip
@@ -145,6 +145,7 @@ class Selection:
             self.index = build_index(
                 indices, select_block=config.select_block, num_init=self.num_init, num_local=self.num_local,
                 blocks=p.select_blocks, chunk=self.chunk, item=ITEM[way], start=p.table("start"), sel_base=p.table("sel_base"),
+                offset=p.offset,
             )  # fmt: skip
         self.units_a_part = max(1, min(self.units, PART_BYTES[way] // (a_row * min(self.chunk, p.n))))
 
@@ -211,15 +212,15 @@ def selected_forward(
             i = s.index
             selected.selected_parts[(i.most_items(unit1 - unit0, entries) * s.sub,)](
                 q, k, v, part_o, part_lse, i.entries, i.ends, i.items, i.item_list, i.item_start,
-                p.table("sel_start"), p.table("sel_end"), unit0 * i.blocks, unit1 * i.blocks, row0, p.n, s.a_head, i.blocks,
-                p.scale_log2, *_at(q), *_at(k), *_at(v), G=p.g, R=p.r, RP=p.rp, D=p.d, E=p.e, DK=p.dk, DV=p.dv,
+                p.table("sel_start"), p.table("sel_end"), unit0 * i.blocks, unit1 * i.blocks, row0, p.n, p.offset, s.a_head,
+                i.blocks, p.scale_log2, *_at(q), *_at(k), *_at(v), G=p.g, R=p.r, RP=p.rp, D=p.d, E=p.e, DK=p.dk, DV=p.dv,
                 BLOCK=p.config.select_block, BS=s.bs, SUB=s.sub, FREE=s.free, ITEM=i.item, CAUSAL=s.causal, PACKED=p.packed,
                 M=m_parts, PRECISION=p.precision, **parts.options(),
             )  # fmt: skip
         grid = ((unit1 - unit0) * triton.cdiv(s.chunk, m // p.rp),)
         selected.selected_finish[grid](
             q, d_k, d_v, d_k_win, d_v_win, out, all_of.total, all_of.o_cmp, all_of.o_win, all_of.gates, indices, part_o,
-            part_lse, lse, all_of.lse_win, p.table("start"), unit0, row0, p.n, s.a_head, s.chunk, cores(p.device),
+            part_lse, lse, all_of.lse_win, p.table("start"), unit0, row0, p.n, p.offset, s.a_head, s.chunk, cores(p.device),
             p.scale_log2, *_at(q), *_at(out), *all_of.gates.stride(), G=p.g, R=p.r, RP=p.rp, D=p.d, E=p.e, DK=p.dk, DV=p.dv,
             PLACES=s.places,
             **s.constants(), M=m, BN=finish.keys, STAGES=finish.stages, PRECISION=p.precision, COMBINE=rest is not None,
@@ -256,8 +257,8 @@ def attend_dq(
     grid = (triton.cdiv(p.n, m // rp) * p.b * units,)
     attend.attend_dq[grid](
         _stays(q, rp, m, p.dk), _stays(do, rp, m, p.dv), head_rows(k, tile.keys, p.dk), head_rows(v, tile.keys, p.dv),
-        _stays(dq, rp, m, p.dk), lse, delta, gate, p.table("start"), p.table("base"), p.n, p.b * units, p.scale_log2, p.scale,
-        *_at(q), *_at(do), *_at(dq), UNITS=units, SHARE=share,
+        _stays(dq, rp, m, p.dk), lse, delta, gate, p.table("start"), p.table("base"), p.n, p.offset, p.b * units,
+        p.scale_log2, p.scale, *_at(q), *_at(do), *_at(dq), UNITS=units, SHARE=share,
         R=r, RP=rp, D=p.d, E=p.e, DK=p.dk, DV=p.dv, BRANCH=_branch(branch), **p.bounds(), M=m, BN=tile.keys,
         PRECISION=p.precision, ADD=add, GATED=gate is not None,
         **tile.options(),
@@ -283,7 +284,7 @@ def attend_dkv(
     attend.attend_dkv[(tiles * splits,)](
         group_rows(q, p.g, p.rp, m, p.dk), group_rows(do, p.g, p.rp, m, p.dv), head_rows(k, tile.keys, p.dk),
         head_rows(v, tile.keys, p.dv), dk, dv, lse, delta, gate, p.table("start"), p.table("end"), p.table("first"),
-        p.table("last"), p.n, keys, p.b * p.g, chunk, p.scale_log2, p.scale, UNITS=p.g, R=p.r, RP=p.rp, D=p.d, E=p.e,
+        p.table("last"), p.n, p.offset, keys, p.b * p.g, chunk, p.scale_log2, p.scale, UNITS=p.g, R=p.r, RP=p.rp, D=p.d, E=p.e,
         DK=p.dk, DV=p.dv, BRANCH=_branch(branch), **p.bounds(), M=m, BN=tile.keys, PRECISION=p.precision,
         GATED=gate is not None, **tile.options(),
     )  # fmt: skip
@@ -303,10 +304,10 @@ def selected_backward(
     if forced and config.num_local > 0:
         dk, dv = attend_dkv("local", q, k, v, do, lse, delta, gate, p)
     else:
-        dk = torch.zeros(p.b, p.n, p.g, p.d, dtype=torch.float32, device=p.device)
-        dv = torch.zeros(p.b, p.n, p.g, p.e, dtype=torch.float32, device=p.device)
+        dk = torch.zeros(p.b, p.keys, p.g, p.d, dtype=torch.float32, device=p.device)
+        dv = torch.zeros(p.b, p.keys, p.g, p.e, dtype=torch.float32, device=p.device)
     if forced and config.num_init > 0:
-        keys = p.n if p.packed else min(config.num_init * config.select_block, p.n)
+        keys = p.keys if p.packed else min(config.num_init * config.select_block, p.keys)
         dk_init, dv_init = attend_dkv("init", q, k, v, do, lse, delta, gate, p, keys)
         dk[:, :keys] += dk_init
         dv[:, :keys] += dv_init
@@ -328,7 +329,7 @@ def selected_backward(
         if s.index is not None:
             selected_gradient.selected_gradient_parts[(i.most_items(unit1 - unit0, entries) * s.sub,)](
                 q, do, k, v, part_dq, part_dk, part_dv, lse, delta, gate, i.entries, i.ends, i.items, i.item_list,
-                i.item_start, p.table("sel_start"), p.table("sel_end"), unit0 * i.blocks, unit1 * i.blocks, row0, p.n,
+                i.item_start, p.table("sel_start"), p.table("sel_end"), unit0 * i.blocks, unit1 * i.blocks, row0, p.n, p.offset,
                 s.a_head, i.blocks, p.scale_log2, p.scale, *_at(q), *_at(do), *_at(k), *_at(v), G=p.g, R=p.r, RP=p.rp,
                 D=p.d, E=p.e, DK=p.dk, DV=p.dv, BLOCK=block, BS=s.bs, SUB=s.sub, FREE=s.free, ITEM=i.item, CAUSAL=s.causal,
                 PACKED=p.packed, M=m_parts, STAGES=parts.stages, PRECISION=p.precision, GATED=gate is not None,
@@ -336,13 +337,13 @@ def selected_backward(
             )  # fmt: skip
             heads = (unit1 - 1) // s.a_head - unit0 // s.a_head + 1
             selected_gradient.selected_gradient_sum[(heads * i.blocks * s.sub,)](
-                part_dk, part_dv, dk, dv, i.items, p.table("sel_start"), p.table("sel_end"), unit0, unit1, p.n, s.a_head,
+                part_dk, part_dv, dk, dv, i.items, p.table("sel_start"), p.table("sel_end"), unit0, unit1, p.keys, s.a_head,
                 i.blocks, G=p.g, D=p.d, E=p.e, DK=p.dk, DV=p.dv, BLOCK=block, BS=s.bs, SUB=s.sub, PACKED=p.packed, num_warps=8,
             )  # fmt: skip
         selected_gradient.selected_gradient_finish[((unit1 - unit0) * triton.cdiv(s.chunk, m // p.rp),)](
             q, do, d_k, d_v, d_k_win, d_v_win, dq, part_dq, lse, delta, gate, *win_rows, indices, p.table("start"), unit0,
-            row0, p.n, s.a_head, s.chunk, cores(p.device), p.scale_log2, p.scale, *_at(q), *_at(do), *_at(dq), G=p.g, R=p.r,
-            RP=p.rp, D=p.d,
+            row0, p.n, p.offset, s.a_head, s.chunk, cores(p.device), p.scale_log2, p.scale, *_at(q), *_at(do), *_at(dq), G=p.g,
+            R=p.r, RP=p.rp, D=p.d,
             E=p.e, DK=p.dk, DV=p.dv, **s.constants(), M=m, BN=finish.keys, STAGES=finish.stages, PRECISION=p.precision,
             ADD=add, GATED=gate is not None, WINDOW_TOO=window is not None, **(finish.options() | KEY_STAGES),
         )  # fmt: skip

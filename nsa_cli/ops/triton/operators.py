@@ -1,7 +1,8 @@
 """The Triton kernels as PyTorch operators: custom ops with fake kernels and gradients, so that torch.compile and CUDA graphs take
 them whole, and the functions that nsa_cli.ops calls.
 
-`geometry` is [l, d, l', n, num_init, num_local, w]. Nothing synchronises with the host; lengths of packed documents stay on the
+`geometry` is [l, d, l', n, num_init, num_local, w], and behind them, where it is not 0, the first query's token: queries may be
+the last of the tokens that keys and values have. Nothing synchronises with the host; lengths of packed documents stay on the
 device, and are the caller's to get right.
 """
 
@@ -31,10 +32,10 @@ def refusal(config: NSAConfig, *, dim: int, group: int, dtype: torch.dtype | Non
     return None
 
 
-def _geometry(config: NSAConfig) -> list[int]:
+def _geometry(config: NSAConfig, offset: int = 0) -> list[int]:
     return [
         config.compress_block, config.compress_stride, config.select_block, config.num_selected, config.num_init,
-        config.num_local, config.window,
+        config.num_local, config.window, *([offset] if offset else []),
     ]  # fmt: skip
 
 
@@ -50,11 +51,11 @@ def _config(geometry: tuple[int, ...]) -> NSAConfig:
 def _problem(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, geometry: Sequence[int], scale: float, compressed: int = 0
 ) -> Problem:
-    config, n = _config(tuple(geometry)), q.shape[2]
+    config, n = _config(tuple(geometry[:7])), q.shape[2]
     documents = None if cu_seqlens is None else make_documents(cu_seqlens, n, compressed, config)
     return Problem(
         config=config, b=q.shape[0], h=q.shape[1], g=k.shape[1], n=n, d=q.shape[3], e=v.shape[3], dtype=q.dtype,
-        device=q.device, scale=scale, documents=documents,
+        device=q.device, scale=scale, documents=documents, offset=sum(geometry[7:]),
     )  # fmt: skip
 
 
@@ -382,9 +383,13 @@ def window_attention(
 def nsa_attention(
     q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, config: NSAConfig, *, scale: float,
     q_cmp: Tensor | None = None, k_win: Tensor | None = None, v_win: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    offset: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(out, block_indices) of the three branches, gated and summed, as nsa_cli.ops.nsa_attention says."""
+    """(out, block_indices) of the three branches, gated and summed, as nsa_cli.ops.nsa_attention says.
+
+    offset: the queries are tokens offset .. offset + t - 1, the last ones of k and v.
+    """
     out, _, _, indices = attention_forward(
-        q, k, v, k_cmp, v_cmp, gates, q_cmp, k_win, v_win, cu_seqlens, _geometry(config), scale
+        q, k, v, k_cmp, v_cmp, gates, q_cmp, k_win, v_win, cu_seqlens, _geometry(config, offset), scale
     )
     return out, indices

@@ -88,6 +88,13 @@ class Problem:
     device: torch.device
     scale: float
     documents: Documents | None = None
+    offset: int = 0
+    """The first query's token: the queries are the last n of offset + n tokens. Packed documents have none."""
+
+    @property
+    def keys(self) -> int:
+        """Tokens that keys and values have."""
+        return self.offset + self.n
 
     @property
     def r(self) -> int:
@@ -123,7 +130,7 @@ class Problem:
     @cached_property
     def select_blocks(self) -> int:
         """Selection blocks over all documents (a bound on them, where lengths are on the device)."""
-        return self.config.num_select_blocks(self.n) if self.documents is None else len(self.documents.sel_start)
+        return self.config.num_select_blocks(self.keys) if self.documents is None else len(self.documents.sel_start)
 
     def table(self, name: str) -> Tensor | None:
         """A table of the packed documents, None without them."""

@@ -27,10 +27,10 @@ from nsa_cli.ops.triton.attend import (
 )
 
 
-@triton.jit(do_not_specialize=["LIST0", "LIST1", "ROW0", "N", "UNITS_A_HEAD", "BLOCKS"])
+@triton.jit(do_not_specialize=["LIST0", "LIST1", "ROW0", "N", "OFFSET", "UNITS_A_HEAD", "BLOCKS"])
 def selected_parts(
     p_q, p_k, p_v, p_o, p_lse, p_entries, p_ends, p_items, p_item_list, p_item_start, p_sel_start, p_sel_end,
-    LIST0, LIST1, ROW0, N, UNITS_A_HEAD, BLOCKS, scale, stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_kt,
+    LIST0, LIST1, ROW0, N, OFFSET, UNITS_A_HEAD, BLOCKS, scale, stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_kt,
     stride_vb, stride_vg, stride_vt, G: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, BS: tl.constexpr, SUB: tl.constexpr, FREE: tl.constexpr,
     ITEM: tl.constexpr,
@@ -47,7 +47,7 @@ def selected_parts(
         i_block = i_list % BLOCKS
         i_bg = i_list // BLOCKS // UNITS_A_HEAD
         i_b, i_g = (i_bg // G).to(tl.int64), i_bg % G
-        first, end = i_block * BLOCK, N
+        first, end = i_block * BLOCK, N + OFFSET
         if PACKED:
             first = tl.load(p_sel_start + i_block)
             end = tl.load(p_sel_end + i_block)
@@ -71,7 +71,7 @@ def selected_parts(
             b_q = load_tile(p_q, o_head + o_t.to(tl.int64) * stride_qt, m_m, D, DK, "evict_last")
             b_s = tl.dot(b_q, b_k.T, input_precision=PRECISION)  # [M, BS]
             if CAUSAL:
-                b_s = tl.where(m_s[None, :] & (o_s[None, :] <= o_t[:, None]), b_s, float("-inf"))
+                b_s = tl.where(m_s[None, :] & (o_s[None, :] <= o_t[:, None] + OFFSET), b_s, float("-inf"))
             elif BS * SUB != BLOCK:
                 b_s = tl.where(m_s[None, :], b_s, float("-inf"))
             b_max = tl.maximum(tl.max(b_s, 1) * scale, -1e30)
@@ -95,14 +95,14 @@ def unit_tile(UNIT0, UNITS_A_HEAD, CHUNK, G: tl.constexpr, BQ: tl.constexpr):
 
 @triton.jit
 def place_is_full(
-    o_f, o_t, o_row, p_indices, p_start, BLOCK: tl.constexpr, NUM: tl.constexpr, FREE: tl.constexpr,
+    o_f, o_t, OFFSET, o_row, p_indices, p_start, BLOCK: tl.constexpr, NUM: tl.constexpr, FREE: tl.constexpr,
     NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Whether free place o_f of each query has a partial: `index.entry_lists`' rule."""
     start = o_t * 0
     if PACKED:
         start = tl.load(p_start + o_t)
-    current = (o_t - start) // BLOCK
+    current = (o_t + OFFSET - start) // BLOCK
     if NUM_INIT + NUM_LOCAL > 0:
         full = (o_f < FREE) & (o_f < current + 1 - NUM_INIT - NUM_LOCAL)
     else:
@@ -113,25 +113,25 @@ def place_is_full(
 
 @triton.jit
 def most_places(
-    t1, BLOCK: tl.constexpr, FREE: tl.constexpr, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr, PACKED: tl.constexpr
+    t1, OFFSET, BLOCK: tl.constexpr, FREE: tl.constexpr, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr, PACKED: tl.constexpr
 ):
     """A bound on the full places of a tile's queries, of which t1 is the last."""
     count = t1 * 0 + FREE
     if (NUM_INIT + NUM_LOCAL > 0) & (not PACKED):
-        count = tl.minimum(tl.maximum(t1 // BLOCK + 1 - NUM_INIT - NUM_LOCAL, 0), FREE)
+        count = tl.minimum(tl.maximum((t1 + OFFSET) // BLOCK + 1 - NUM_INIT - NUM_LOCAL, 0), FREE)
     return count
 
 
 @triton.jit
 def attend_range(
-    b_q, b_acc, b_max, b_sum, d_k, d_v, p_start, i_b, i_g, t0, t1, o_t, scale, BRANCH: tl.constexpr, DK: tl.constexpr,
+    b_q, b_acc, b_max, b_sum, d_k, d_v, p_start, i_b, i_g, t0, t1, o_t, OFFSET, scale, BRANCH: tl.constexpr, DK: tl.constexpr,
     DV: tl.constexpr, BLOCK: tl.constexpr, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr, WINDOW: tl.constexpr,
     PACKED: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One online softmax over a tile's window, or its first, or newest, forced blocks."""
-    low, high = key_bounds(o_t, p_start, p_start, BRANCH, 1, 1, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED)
-    from_key, all_to = key_bounds(t0, p_start, p_start, BRANCH, 1, 1, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED)
-    all_from, to_key = key_bounds(t1, p_start, p_start, BRANCH, 1, 1, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED)
+    low, high = key_bounds(o_t, OFFSET, p_start, p_start, BRANCH, 1, 1, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED)
+    from_key, all_to = key_bounds(t0, OFFSET, p_start, p_start, BRANCH, 1, 1, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED)
+    all_from, to_key = key_bounds(t1, OFFSET, p_start, p_start, BRANCH, 1, 1, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED)
     b_acc, b_max, b_sum = attend_keys(
         b_q, b_acc, b_max, b_sum, d_k, d_v, i_b, i_g, low, high, from_key, all_from, all_to, to_key, scale,
         DK, DV, BN, PRECISION,
@@ -141,17 +141,17 @@ def attend_range(
 
 @triton.jit
 def finish_window(
-    b_q, d_k, d_v, p_o, p_lse, p_start, i_b, i_g, t0, t1, o_t, o_out, o_lse, m_m, scale, E: tl.constexpr, DK: tl.constexpr,
-    DV: tl.constexpr, BLOCK: tl.constexpr, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr, WINDOW: tl.constexpr,
-    PACKED: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    b_q, d_k, d_v, p_o, p_lse, p_start, i_b, i_g, t0, t1, o_t, OFFSET, o_out, o_lse, m_m, scale, E: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr,
+    WINDOW: tl.constexpr, PACKED: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile's window branch."""
     b_max = tl.full([M], -1e30, tl.float32)
     b_sum = tl.zeros([M], tl.float32)
     b_acc = tl.zeros([M, DV], tl.float32)
     b_acc, b_max, b_sum = attend_range(
-        b_q, b_acc, b_max, b_sum, d_k, d_v, p_start, i_b, i_g, t0, t1, o_t, scale, WIN, DK, DV, BLOCK, NUM_INIT, NUM_LOCAL,
-        WINDOW, PACKED, BN, PRECISION,
+        b_q, b_acc, b_max, b_sum, d_k, d_v, p_start, i_b, i_g, t0, t1, o_t, OFFSET, scale, WIN, DK, DV, BLOCK, NUM_INIT,
+        NUM_LOCAL, WINDOW, PACKED, BN, PRECISION,
     )  # fmt: skip
     store_tile(p_o, b_acc / b_sum[:, None], o_out, m_m, E, DV, "")  # a query sees itself: b_sum > 0
     tl.store(p_lse + o_lse, b_max + tl.log2(b_sum), mask=m_m)
@@ -159,8 +159,8 @@ def finish_window(
 
 @triton.jit
 def finish_selected(
-    b_q, d_k, d_v, p_out, p_lse, p_indices, p_o, p_part_lse, p_start, i_b, i_g, t0, t1, o_t, o_row, o_r, o_out, o_lse, m_m,
-    ROW0, scale, R: tl.constexpr, E: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr,
+    b_q, d_k, d_v, p_out, p_lse, p_indices, p_o, p_part_lse, p_start, i_b, i_g, t0, t1, o_t, OFFSET, o_row, o_r, o_out, o_lse,
+    m_m, ROW0, scale, R: tl.constexpr, E: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr,
     NUM: tl.constexpr, FREE: tl.constexpr, SUB: tl.constexpr, PLACES: tl.constexpr, NUM_INIT: tl.constexpr,
     NUM_LOCAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
@@ -171,19 +171,19 @@ def finish_selected(
     b_acc = tl.zeros([M, DV], tl.float32)
     if NUM_INIT > 0:
         b_acc, b_max, b_sum = attend_range(
-            b_q, b_acc, b_max, b_sum, d_k, d_v, p_start, i_b, i_g, t0, t1, o_t, scale, INIT, DK, DV, BLOCK, NUM_INIT,
+            b_q, b_acc, b_max, b_sum, d_k, d_v, p_start, i_b, i_g, t0, t1, o_t, OFFSET, scale, INIT, DK, DV, BLOCK, NUM_INIT,
             NUM_LOCAL, WINDOW, PACKED, BN, PRECISION,
         )  # fmt: skip
     if NUM_LOCAL > 0:
         b_acc, b_max, b_sum = attend_range(
-            b_q, b_acc, b_max, b_sum, d_k, d_v, p_start, i_b, i_g, t0, t1, o_t, scale, LOCAL, DK, DV, BLOCK, NUM_INIT,
+            b_q, b_acc, b_max, b_sum, d_k, d_v, p_start, i_b, i_g, t0, t1, o_t, OFFSET, scale, LOCAL, DK, DV, BLOCK, NUM_INIT,
             NUM_LOCAL, WINDOW, PACKED, BN, PRECISION,
         )  # fmt: skip
     if FREE > 0:
         o_part = (o_row - ROW0) * (FREE * SUB * R) + o_r
         o_f = tl.arange(0, PLACES)[None, :]
         full = place_is_full(
-            o_f // SUB, o_t[:, None], o_row[:, None], p_indices, p_start, BLOCK, NUM, FREE, NUM_INIT, NUM_LOCAL, PACKED
+            o_f // SUB, o_t[:, None], OFFSET, o_row[:, None], p_indices, p_start, BLOCK, NUM, FREE, NUM_INIT, NUM_LOCAL, PACKED
         )
         b_lse = tl.load(p_part_lse + o_part[:, None] + o_f * R, mask=full & m_m[:, None], other=float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_lse, 1))
@@ -191,8 +191,10 @@ def finish_selected(
         b_max = b_new
         b_sum = b_sum * b_scale + tl.sum(tl.exp2(b_lse - b_max[:, None]), 1)
         b_acc = b_acc * b_scale[:, None]
-        for f in tl.range(0, most_places(t1, BLOCK, FREE, NUM_INIT, NUM_LOCAL, PACKED) * SUB, num_stages=STAGES):
-            m_f = m_m & place_is_full(f // SUB, o_t, o_row, p_indices, p_start, BLOCK, NUM, FREE, NUM_INIT, NUM_LOCAL, PACKED)
+        for f in tl.range(0, most_places(t1, OFFSET, BLOCK, FREE, NUM_INIT, NUM_LOCAL, PACKED) * SUB, num_stages=STAGES):
+            m_f = m_m & place_is_full(
+                f // SUB, o_t, OFFSET, o_row, p_indices, p_start, BLOCK, NUM, FREE, NUM_INIT, NUM_LOCAL, PACKED
+            )
             b_p = tl.exp2(tl.load(p_part_lse + o_part + f * R, mask=m_f, other=float("-inf")) - b_max)
             b_o = load_tile(p_o, (o_part + f * R) * E, m_f, E, DV, "evict_first")
             b_acc += b_p[:, None] * b_o.to(tl.float32)
@@ -208,10 +210,10 @@ def window_first(CORES):
     return (tl.program_id(0) + tl.program_id(0) // CORES) % 2 == 0
 
 
-@triton.jit(do_not_specialize=["UNIT0", "ROW0", "N", "UNITS_A_HEAD", "CHUNK", "CORES"])
+@triton.jit(do_not_specialize=["UNIT0", "ROW0", "N", "OFFSET", "UNITS_A_HEAD", "CHUNK", "CORES"])
 def selected_finish(
     p_q, d_k, d_v, d_k_win, d_v_win, p_out, p_total, p_cmp, p_win, p_gates, p_indices, p_o, p_part_lse, p_lse, p_win_lse,
-    p_start, UNIT0, ROW0, N, UNITS_A_HEAD, CHUNK, CORES, scale, stride_qb, stride_qh, stride_qt, stride_ob, stride_oh,
+    p_start, UNIT0, ROW0, N, OFFSET, UNITS_A_HEAD, CHUNK, CORES, scale, stride_qb, stride_qh, stride_qt, stride_ob, stride_oh,
     stride_ot, stride_gb, stride_gh, stride_gt, stride_gr,
     G: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, E: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BLOCK: tl.constexpr, NUM: tl.constexpr, FREE: tl.constexpr, SUB: tl.constexpr, PLACES: tl.constexpr,
@@ -238,30 +240,30 @@ def selected_finish(
         b_q = load_tile(p_q, row_offsets(i_b, i_g, o_t, o_r, stride_qb, stride_qh, stride_qt, R), m_m, D, DK, "")
         if not COMBINE:
             finish_selected(
-                b_q, d_k, d_v, p_out, p_lse, p_indices, p_o, p_part_lse, p_start, i_b, i_g, t0, t1, o_t, o_row, o_r, o_out,
-                o_lse, m_m, ROW0, scale, R, E, DK, DV, BLOCK, NUM, FREE, SUB, PLACES, NUM_INIT, NUM_LOCAL, WINDOW, PACKED, M,
-                BN, STAGES, PRECISION,
+                b_q, d_k, d_v, p_out, p_lse, p_indices, p_o, p_part_lse, p_start, i_b, i_g, t0, t1, o_t, OFFSET, o_row, o_r,
+                o_out, o_lse, m_m, ROW0, scale, R, E, DK, DV, BLOCK, NUM, FREE, SUB, PLACES, NUM_INIT, NUM_LOCAL, WINDOW, PACKED,
+                M, BN, STAGES, PRECISION,
             )  # fmt: skip
         else:
             if window_first(CORES):
                 finish_window(
-                    b_q, d_k_win, d_v_win, p_win, p_win_lse, p_start, i_b, i_g, t0, t1, o_t, o_out, o_lse, m_m, scale, E, DK,
-                    DV, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED, M, BN, PRECISION,
+                    b_q, d_k_win, d_v_win, p_win, p_win_lse, p_start, i_b, i_g, t0, t1, o_t, OFFSET, o_out, o_lse, m_m, scale, E,
+                    DK, DV, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED, M, BN, PRECISION,
                 )  # fmt: skip
                 finish_selected(
-                    b_q, d_k, d_v, p_out, p_lse, p_indices, p_o, p_part_lse, p_start, i_b, i_g, t0, t1, o_t, o_row, o_r, o_out,
-                    o_lse, m_m, ROW0, scale, R, E, DK, DV, BLOCK, NUM, FREE, SUB, PLACES, NUM_INIT, NUM_LOCAL, WINDOW, PACKED,
-                    M, BN, STAGES, PRECISION,
+                    b_q, d_k, d_v, p_out, p_lse, p_indices, p_o, p_part_lse, p_start, i_b, i_g, t0, t1, o_t, OFFSET, o_row, o_r,
+                    o_out, o_lse, m_m, ROW0, scale, R, E, DK, DV, BLOCK, NUM, FREE, SUB, PLACES, NUM_INIT, NUM_LOCAL, WINDOW,
+                    PACKED, M, BN, STAGES, PRECISION,
                 )  # fmt: skip
             else:
                 finish_selected(
-                    b_q, d_k, d_v, p_out, p_lse, p_indices, p_o, p_part_lse, p_start, i_b, i_g, t0, t1, o_t, o_row, o_r, o_out,
-                    o_lse, m_m, ROW0, scale, R, E, DK, DV, BLOCK, NUM, FREE, SUB, PLACES, NUM_INIT, NUM_LOCAL, WINDOW, PACKED,
-                    M, BN, STAGES, PRECISION,
+                    b_q, d_k, d_v, p_out, p_lse, p_indices, p_o, p_part_lse, p_start, i_b, i_g, t0, t1, o_t, OFFSET, o_row, o_r,
+                    o_out, o_lse, m_m, ROW0, scale, R, E, DK, DV, BLOCK, NUM, FREE, SUB, PLACES, NUM_INIT, NUM_LOCAL, WINDOW,
+                    PACKED, M, BN, STAGES, PRECISION,
                 )  # fmt: skip
                 finish_window(
-                    b_q, d_k_win, d_v_win, p_win, p_win_lse, p_start, i_b, i_g, t0, t1, o_t, o_out, o_lse, m_m, scale, E, DK,
-                    DV, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED, M, BN, PRECISION,
+                    b_q, d_k_win, d_v_win, p_win, p_win_lse, p_start, i_b, i_g, t0, t1, o_t, OFFSET, o_out, o_lse, m_m, scale, E,
+                    DK, DV, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED, M, BN, PRECISION,
                 )  # fmt: skip
             tl.debug_barrier()  # what this program's threads wrote may be read by others of them
             o_gate = i_b.to(tl.int64) * stride_gb + (i_g * R + o_r).to(tl.int64) * stride_gh + o_t.to(tl.int64) * stride_gt

@@ -15,10 +15,10 @@ from nsa_cli.ops.triton.attend import INIT, LOCAL, WIN, gradient_keys, key_bound
 from nsa_cli.ops.triton.selected import most_places, place_is_full, unit_tile, window_first
 
 
-@triton.jit(do_not_specialize=["LIST0", "LIST1", "ROW0", "N", "UNITS_A_HEAD", "BLOCKS"])
+@triton.jit(do_not_specialize=["LIST0", "LIST1", "ROW0", "N", "OFFSET", "UNITS_A_HEAD", "BLOCKS"])
 def selected_gradient_parts(
     p_q, p_do, p_k, p_v, p_dq, p_dk, p_dv, p_lse, p_delta, p_gate, p_entries, p_ends, p_items, p_item_list, p_item_start,
-    p_sel_start, p_sel_end, LIST0, LIST1, ROW0, N, UNITS_A_HEAD, BLOCKS, scale, dk_scale, stride_qb, stride_qh, stride_qt,
+    p_sel_start, p_sel_end, LIST0, LIST1, ROW0, N, OFFSET, UNITS_A_HEAD, BLOCKS, scale, dk_scale, stride_qb, stride_qh, stride_qt,
     stride_ob, stride_oh, stride_ot, stride_kb, stride_kg, stride_kt, stride_vb, stride_vg, stride_vt, G: tl.constexpr,
     R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, E: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BLOCK: tl.constexpr, BS: tl.constexpr, SUB: tl.constexpr, FREE: tl.constexpr, ITEM: tl.constexpr, CAUSAL: tl.constexpr,
@@ -35,7 +35,7 @@ def selected_gradient_parts(
         i_block = i_list % BLOCKS
         i_bg = i_list // BLOCKS // UNITS_A_HEAD
         i_b, i_g = (i_bg // G).to(tl.int64), i_bg % G
-        first, end = i_block * BLOCK, N
+        first, end = i_block * BLOCK, N + OFFSET
         if PACKED:
             first = tl.load(p_sel_start + i_block)
             end = tl.load(p_sel_end + i_block)
@@ -67,7 +67,7 @@ def selected_gradient_parts(
             if GATED:
                 b_p *= tl.load(p_gate + o_row, mask=m_m, other=0.0)[:, None]
             if CAUSAL:
-                b_p = tl.where(m_s[None, :] & (o_s[None, :] <= o_t[:, None]), b_p, 0.0)
+                b_p = tl.where(m_s[None, :] & (o_s[None, :] <= o_t[:, None] + OFFSET), b_p, 0.0)
             elif BS * SUB != BLOCK:
                 b_p = tl.where(m_s[None, :], b_p, 0.0)
             b_dp = tl.dot(b_do, b_v.T, input_precision=PRECISION)
@@ -88,7 +88,7 @@ def selected_gradient_sum(
     D: tl.constexpr, E: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, BS: tl.constexpr,
     SUB: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Adds a block's items among the units [UNIT0, UNIT1) to dk and dv [b, s, g, d], in their order."""
+    """Adds a block's items among the units [UNIT0, UNIT1) to dk and dv [b, s, g, d] of N keys, in their order."""
     i_sub = tl.program_id(0) % SUB
     i_block = tl.program_id(0) // SUB % BLOCKS
     i_bg = UNIT0 // UNITS_A_HEAD + tl.program_id(0) // SUB // BLOCKS
@@ -116,14 +116,14 @@ def selected_gradient_sum(
 
 @triton.jit
 def gradient_range(
-    b_acc, b_q, b_do, b_lse, b_delta, b_gate, d_k, d_v, p_start, i_b, i_g, t0, t1, o_t, scale, BRANCH: tl.constexpr,
+    b_acc, b_q, b_do, b_lse, b_delta, b_gate, d_k, d_v, p_start, i_b, i_g, t0, t1, o_t, OFFSET, scale, BRANCH: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr,
     WINDOW: tl.constexpr, PACKED: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """b_acc plus dq, unscaled, of a tile's window, or its first, or newest, forced blocks."""
-    low, high = key_bounds(o_t, p_start, p_start, BRANCH, 1, 1, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED)
-    from_key, all_to = key_bounds(t0, p_start, p_start, BRANCH, 1, 1, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED)
-    all_from, to_key = key_bounds(t1, p_start, p_start, BRANCH, 1, 1, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED)
+    low, high = key_bounds(o_t, OFFSET, p_start, p_start, BRANCH, 1, 1, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED)
+    from_key, all_to = key_bounds(t0, OFFSET, p_start, p_start, BRANCH, 1, 1, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED)
+    all_from, to_key = key_bounds(t1, OFFSET, p_start, p_start, BRANCH, 1, 1, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED)
     return gradient_keys(
         b_acc, b_q, b_do, b_lse, b_delta, b_gate, d_k, d_v, i_b, i_g, low, high, from_key, all_from, all_to, to_key, scale,
         DK, DV, BN, PRECISION, GATED,
@@ -132,7 +132,7 @@ def gradient_range(
 
 @triton.jit
 def gradient_window(
-    b_acc, b_q, b_do, d_k, d_v, p_lse, p_delta, p_gate, p_start, i_b, i_g, t0, t1, o_t, o_head, m_m, scale,
+    b_acc, b_q, b_do, d_k, d_v, p_lse, p_delta, p_gate, p_start, i_b, i_g, t0, t1, o_t, OFFSET, o_head, m_m, scale,
     DK: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr,
     WINDOW: tl.constexpr, PACKED: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
@@ -141,15 +141,15 @@ def gradient_window(
     b_delta = tl.load(p_delta + o_head, mask=m_m, other=0.0)
     b_gate = tl.load(p_gate + o_head, mask=m_m, other=0.0)
     return gradient_range(
-        b_acc, b_q, b_do, b_lse, b_delta, b_gate, d_k, d_v, p_start, i_b, i_g, t0, t1, o_t, scale, WIN, DK, DV, BLOCK,
+        b_acc, b_q, b_do, b_lse, b_delta, b_gate, d_k, d_v, p_start, i_b, i_g, t0, t1, o_t, OFFSET, scale, WIN, DK, DV, BLOCK,
         NUM_INIT, NUM_LOCAL, WINDOW, PACKED, BN, PRECISION, GATED,
     )  # fmt: skip
 
 
 @triton.jit
 def gradient_selected(
-    b_acc, b_q, b_do, d_k, d_v, p_dq, p_lse, p_delta, p_gate, p_indices, p_start, i_b, i_g, t0, t1, o_t, o_row, o_r, o_head,
-    m_m, ROW0, scale, R: tl.constexpr, D: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr,
+    b_acc, b_q, b_do, d_k, d_v, p_dq, p_lse, p_delta, p_gate, p_indices, p_start, i_b, i_g, t0, t1, o_t, OFFSET, o_row, o_r,
+    o_head, m_m, ROW0, scale, R: tl.constexpr, D: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr,
     NUM: tl.constexpr, FREE: tl.constexpr, SUB: tl.constexpr, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr,
     WINDOW: tl.constexpr, PACKED: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
     GATED: tl.constexpr,
@@ -163,26 +163,28 @@ def gradient_selected(
             b_gate = tl.load(p_gate + o_head, mask=m_m, other=0.0)
         if NUM_INIT > 0:
             b_acc = gradient_range(
-                b_acc, b_q, b_do, b_lse, b_delta, b_gate, d_k, d_v, p_start, i_b, i_g, t0, t1, o_t, scale, INIT, DK, DV,
+                b_acc, b_q, b_do, b_lse, b_delta, b_gate, d_k, d_v, p_start, i_b, i_g, t0, t1, o_t, OFFSET, scale, INIT, DK, DV,
                 BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED, BN, PRECISION, GATED,
             )  # fmt: skip
         if NUM_LOCAL > 0:
             b_acc = gradient_range(
-                b_acc, b_q, b_do, b_lse, b_delta, b_gate, d_k, d_v, p_start, i_b, i_g, t0, t1, o_t, scale, LOCAL, DK, DV,
+                b_acc, b_q, b_do, b_lse, b_delta, b_gate, d_k, d_v, p_start, i_b, i_g, t0, t1, o_t, OFFSET, scale, LOCAL, DK, DV,
                 BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED, BN, PRECISION, GATED,
             )  # fmt: skip
     if FREE > 0:
         o_part = (o_row - ROW0) * (FREE * SUB * R) + o_r
-        for f in tl.range(0, most_places(t1, BLOCK, FREE, NUM_INIT, NUM_LOCAL, PACKED) * SUB, num_stages=STAGES):
-            m_f = m_m & place_is_full(f // SUB, o_t, o_row, p_indices, p_start, BLOCK, NUM, FREE, NUM_INIT, NUM_LOCAL, PACKED)
+        for f in tl.range(0, most_places(t1, OFFSET, BLOCK, FREE, NUM_INIT, NUM_LOCAL, PACKED) * SUB, num_stages=STAGES):
+            m_f = m_m & place_is_full(
+                f // SUB, o_t, OFFSET, o_row, p_indices, p_start, BLOCK, NUM, FREE, NUM_INIT, NUM_LOCAL, PACKED
+            )
             b_acc += load_tile(p_dq, (o_part + f * R) * D, m_f, D, DK, "evict_first").to(tl.float32)
     return b_acc
 
 
-@triton.jit(do_not_specialize=["UNIT0", "ROW0", "N", "UNITS_A_HEAD", "CHUNK", "CORES"])
+@triton.jit(do_not_specialize=["UNIT0", "ROW0", "N", "OFFSET", "UNITS_A_HEAD", "CHUNK", "CORES"])
 def selected_gradient_finish(
     p_q, p_do, d_k, d_v, d_k_win, d_v_win, p_dq, p_part_dq, p_lse, p_delta, p_gate, p_win_lse, p_win_delta, p_win_gate,
-    p_indices, p_start, UNIT0, ROW0, N, UNITS_A_HEAD, CHUNK, CORES, scale, dq_scale, stride_qb, stride_qh, stride_qt,
+    p_indices, p_start, UNIT0, ROW0, N, OFFSET, UNITS_A_HEAD, CHUNK, CORES, scale, dq_scale, stride_qb, stride_qh, stride_qt,
     stride_ob, stride_oh, stride_ot, stride_db, stride_dh, stride_dt,
     G: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, E: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BLOCK: tl.constexpr, NUM: tl.constexpr, FREE: tl.constexpr, SUB: tl.constexpr, NUM_INIT: tl.constexpr,
@@ -208,7 +210,7 @@ def selected_gradient_finish(
         b_acc = tl.zeros([M, DK], tl.float32)
         if not WINDOW_TOO:
             b_acc = gradient_selected(
-                b_acc, b_q, b_do, d_k, d_v, p_part_dq, p_lse, p_delta, p_gate, p_indices, p_start, i_b, i_g, t0, t1, o_t,
+                b_acc, b_q, b_do, d_k, d_v, p_part_dq, p_lse, p_delta, p_gate, p_indices, p_start, i_b, i_g, t0, t1, o_t, OFFSET,
                 o_row, o_r, o_head, m_m, ROW0, scale, R, D, DK, DV, BLOCK, NUM, FREE, SUB, NUM_INIT, NUM_LOCAL, WINDOW,
                 PACKED, BN, STAGES, PRECISION, GATED,
             )  # fmt: skip
@@ -216,22 +218,22 @@ def selected_gradient_finish(
             if window_first(CORES):
                 b_acc = gradient_window(
                     b_acc, b_q, b_do, d_k_win, d_v_win, p_win_lse, p_win_delta, p_win_gate, p_start, i_b, i_g, t0, t1, o_t,
-                    o_head, m_m, scale, DK, DV, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED, BN, PRECISION, GATED,
+                    OFFSET, o_head, m_m, scale, DK, DV, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED, BN, PRECISION, GATED,
                 )  # fmt: skip
                 b_acc = gradient_selected(
                     b_acc, b_q, b_do, d_k, d_v, p_part_dq, p_lse, p_delta, p_gate, p_indices, p_start, i_b, i_g, t0, t1, o_t,
-                    o_row, o_r, o_head, m_m, ROW0, scale, R, D, DK, DV, BLOCK, NUM, FREE, SUB, NUM_INIT, NUM_LOCAL, WINDOW,
-                    PACKED, BN, STAGES, PRECISION, GATED,
+                    OFFSET, o_row, o_r, o_head, m_m, ROW0, scale, R, D, DK, DV, BLOCK, NUM, FREE, SUB, NUM_INIT, NUM_LOCAL,
+                    WINDOW, PACKED, BN, STAGES, PRECISION, GATED,
                 )  # fmt: skip
             else:
                 b_acc = gradient_selected(
                     b_acc, b_q, b_do, d_k, d_v, p_part_dq, p_lse, p_delta, p_gate, p_indices, p_start, i_b, i_g, t0, t1, o_t,
-                    o_row, o_r, o_head, m_m, ROW0, scale, R, D, DK, DV, BLOCK, NUM, FREE, SUB, NUM_INIT, NUM_LOCAL, WINDOW,
-                    PACKED, BN, STAGES, PRECISION, GATED,
+                    OFFSET, o_row, o_r, o_head, m_m, ROW0, scale, R, D, DK, DV, BLOCK, NUM, FREE, SUB, NUM_INIT, NUM_LOCAL,
+                    WINDOW, PACKED, BN, STAGES, PRECISION, GATED,
                 )  # fmt: skip
                 b_acc = gradient_window(
                     b_acc, b_q, b_do, d_k_win, d_v_win, p_win_lse, p_win_delta, p_win_gate, p_start, i_b, i_g, t0, t1, o_t,
-                    o_head, m_m, scale, DK, DV, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED, BN, PRECISION, GATED,
+                    OFFSET, o_head, m_m, scale, DK, DV, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED, BN, PRECISION, GATED,
                 )  # fmt: skip
         b_acc *= dq_scale
         o_dq = row_offsets(i_b, i_g, o_t, o_r, stride_db, stride_dh, stride_dt, R)

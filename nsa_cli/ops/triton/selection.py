@@ -15,11 +15,10 @@ import triton.language as tl
 from nsa_cli.ops.triton.attend import CMP, key_bounds
 
 
-@triton.jit(do_not_specialize=["T0", "T1", "N", "KEYS", "GRID", "KEY_TILES"])
+@triton.jit(do_not_specialize=["T0", "T1", "N", "OFFSET", "KEYS", "GRID", "KEY_TILES"])
 def block_importance(
-    d_q, p_k, p_lse, p_scores, p_start, p_base, p_sel_base, p_sel_first, p_sel_last, T0, T1, N, KEYS, BLOCKS, GRID, KEY_TILES,
-    scale,
-    stride_kb, stride_kg, stride_ks, G: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DK: tl.constexpr,
+    d_q, p_k, p_lse, p_scores, p_start, p_base, p_sel_base, p_sel_first, p_sel_last, T0, T1, N, OFFSET, KEYS, BLOCKS, GRID,
+    KEY_TILES, scale, stride_kb, stride_kg, stride_ks, G: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DK: tl.constexpr,
     LENGTH: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, PACKED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -38,7 +37,7 @@ def block_importance(
     t0 = T0 + (tl.cdiv(T1 - T0, BM) - 1 - tl.program_id(0) // KEY_TILES // GRID) * BM
     j0 = tl.program_id(0) % KEY_TILES * (TILE - 1) - 1  # the left neighbour of the first block that is written
     t1 = tl.minimum(t0 + BM, T1) - 1
-    from_block, to_block = 0, t1 // BLOCK + 1
+    from_block, to_block = 0, (t1 + OFFSET) // BLOCK + 1
     if PACKED:
         from_block = tl.load(p_sel_base + t0)
         to_block = tl.load(p_sel_base + t1) + (t1 - tl.load(p_start + t1)) // BLOCK + 1
@@ -65,7 +64,7 @@ def block_importance(
             b_next = tl.load(p_lse + o_lse + r + 1, mask=m_t & (r + 1 < R), other=float("inf"))
             b_q = d_q.load([i_b, i_g * R + r, t0, 0]).reshape(BM, DK)
             b_p += tl.exp2(tl.dot(b_q, b_k, input_precision=PRECISION) * scale - b_lse[:, None])
-        low, high = key_bounds(tl.minimum(o_t, N - 1), p_start, p_base, CMP, LENGTH, STRIDE, BLOCK, 0, 0, 0, PACKED)
+        low, high = key_bounds(tl.minimum(o_t, N - 1), OFFSET, p_start, p_base, CMP, LENGTH, STRIDE, BLOCK, 0, 0, 0, PACKED)
         m_p = m_c[None, :] & (o_c[None, :] >= low[:, None]) & (o_c[None, :] < high[:, None])
         b_p = tl.reshape(tl.where(m_p, b_p, 0.0), (BM, TILE, STEP))
         o_i = tl.arange(0, STEP)[None, None, :]
@@ -127,9 +126,9 @@ def top_blocks(
     tl.store(p_out + o_n, tl.full([PLACES], -1, tl.int32), mask=(o_n >= taken) & (o_n < NUM))
 
 
-@triton.jit(do_not_specialize=["T0", "T1", "N"])
+@triton.jit(do_not_specialize=["T0", "T1", "N", "OFFSET"])
 def select_top(
-    p_scores, p_indices, p_start, p_sel_base, T0, T1, N, BLOCKS, BLOCK: tl.constexpr, NUM: tl.constexpr,
+    p_scores, p_indices, p_start, p_sel_base, T0, T1, N, OFFSET, BLOCKS, BLOCK: tl.constexpr, NUM: tl.constexpr,
     NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr, PACKED: tl.constexpr, PLACES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """`top_blocks` of one query's scores."""
@@ -141,7 +140,7 @@ def select_top(
     if PACKED:
         start = tl.load(p_start + t)
         base = tl.load(p_sel_base + t)
-    current = (t - start) // BLOCK
+    current = (t + OFFSET - start) // BLOCK
     o_j = tl.arange(0, WIDTH)
     _, candidate = free_blocks(o_j, current, NUM_INIT, NUM_LOCAL)
     o_row = i_bg.to(tl.int64) * rows + i_t
