@@ -47,12 +47,22 @@ def said(folder: Path, rank: int) -> dict[str, Any]:
     return found
 
 
+def _free_port(turn: int) -> int:
+    """A port that nobody listens on, below those that the system hands out: no other test's connection takes it meanwhile."""
+    for step in range(1000):
+        port = 10_000 + (2 * (os.getpid() + 7919 * step) + turn) % 20_000
+        with socket.socket() as trial:
+            try:
+                trial.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise RuntimeError("no free port")
+
+
 def main(world: int, name: str, folder: Path) -> None:
     """Fork the processes and wait for them."""
-    with socket.socket() as one, socket.socket() as other:
-        one.bind(("127.0.0.1", 0))
-        other.bind(("127.0.0.1", 0))
-        ports = one.getsockname()[1], other.getsockname()[1]
+    ports = _free_port(0), _free_port(1)
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=_play, args=(name, folder, rank, world, ports)) for rank in range(world)]
     for process in processes:
