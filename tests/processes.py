@@ -35,10 +35,25 @@ FOUR = ("ddp", "context fsdp")
 def launch(world: int, scenario: str, folder: Path) -> list[int]:
     """Exit codes of the processes; what they say goes to this test's own output."""
     command = [sys.executable, "-m", "tests.processes", str(world), scenario, str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, timeout=240, check=False)
+    done = run_to_the_end(command, cwd=ROOT)
+    print(done.stderr.decode())
     assert done.returncode == 0, "the scenario itself failed"
     codes: list[int] = json.loads(done.stdout.splitlines()[-1])
     return codes
+
+
+def run_to_the_end(command: list[str], cwd: Path) -> subprocess.CompletedProcess[bytes]:
+    """A command that starts others; all of them are ended where they take too long."""
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=cwd, env=environment(), start_new_session=True, **pipes)
+    try:
+        out, err = process.communicate(timeout=200)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun passes it on
+        time.sleep(5)
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def said(folder: Path, rank: int) -> dict[str, Any]:
