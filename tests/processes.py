@@ -107,6 +107,11 @@ def _runs(folder: Path, rank: int) -> dict[str, Any]:
     from nsa_cli.training.distributed import open_team
     from tests.training_runs import run, text_corpus
 
+    seen = []
+
+    def look(model: torch.nn.Module, step: int) -> None:
+        seen.append(list(model(torch.zeros(1, 5, dtype=torch.int64)).shape))
+
     with open_team("cpu", context=2) as pairs:
         corpus, team = text_corpus(folder / str(rank)), replace(pairs, context=None)
         ways = {"ddp": team, "fsdp": replace(team, parallel="fsdp")}
@@ -115,9 +120,10 @@ def _runs(folder: Path, rank: int) -> dict[str, Any]:
         for sparse in (False, True) if team.world == 2 else (True,):
             for name, way in few.items():
                 config = {**UNEVEN, "recompute": name == "context fsdp"}
-                run(folder, corpus, f"{name} {sparse}", sparse=sparse, config=config, team=way)
+                run(folder, corpus, f"{name} {sparse}", sparse=sparse, config=config, team=way, sampler_hook=look)
         assert dist.group.WORLD is not None
         told: dict[str, Any] = {"differences": _differences(ContextParallel(dist.group.WORLD, rank, team.world))}
+        told["seen"] = seen
         if team.world > 2:
             return told
         for name, way in ways.items():
