@@ -35,10 +35,25 @@ FOUR = ("ddp", "context fsdp")
 def launch(world: int, scenario: str, folder: Path) -> list[int]:
     """Exit codes of the processes; what they say goes to this test's own output."""
     command = [sys.executable, "-m", "tests.processes", str(world), scenario, str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, timeout=240, check=False)
+    done = run_to_the_end(command, cwd=ROOT)
+    print(done.stderr.decode())
     assert done.returncode == 0, "the scenario itself failed"
     codes: list[int] = json.loads(done.stdout.splitlines()[-1])
     return codes
+
+
+def run_to_the_end(command: list[str], cwd: Path) -> subprocess.CompletedProcess[bytes]:
+    """A command that starts others; all of them are ended where they take too long."""
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=cwd, env=environment(), start_new_session=True, **pipes)
+    try:
+        out, err = process.communicate(timeout=200)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun passes it on
+        time.sleep(5)
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def said(folder: Path, rank: int) -> dict[str, Any]:
@@ -102,6 +117,11 @@ def _runs(folder: Path, rank: int) -> dict[str, Any]:
     from nsa_cli.training.distributed import open_team
     from tests.training_runs import run, text_corpus
 
+    seen = []
+
+    def look(model: torch.nn.Module, step: int) -> None:
+        seen.append(list(model(torch.zeros(1, 5, dtype=torch.int64)).shape))
+
     with open_team("cpu", context=2) as pairs:
         corpus, team = text_corpus(folder / str(rank)), replace(pairs, context=None)
         ways = {"ddp": team, "fsdp": replace(team, parallel="fsdp")}
@@ -110,9 +130,10 @@ def _runs(folder: Path, rank: int) -> dict[str, Any]:
         for sparse in (False, True) if team.world == 2 else (True,):
             for name, way in few.items():
                 config = {**UNEVEN, "recompute": name == "context fsdp"}
-                run(folder, corpus, f"{name} {sparse}", sparse=sparse, config=config, team=way)
+                run(folder, corpus, f"{name} {sparse}", sparse=sparse, config=config, team=way, sampler_hook=look)
         assert dist.group.WORLD is not None
         told: dict[str, Any] = {"differences": _differences(ContextParallel(dist.group.WORLD, rank, team.world))}
+        told["seen"] = seen
         if team.world > 2:
             return told
         for name, way in ways.items():

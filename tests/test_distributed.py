@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,9 @@ from nsa_cli.errors import ExitCode, NsaError
 from nsa_cli.model.parallel import ContextParallel
 from nsa_cli.training.batches import BatchPlan
 from nsa_cli.training.distributed import Team, open_team
-from tests.command_line import environment, text
-from tests.processes import FOUR, UNEVEN, launch, said
+from nsa_cli.training.graphs import refuse_cuda_graph
+from tests.command_line import text
+from tests.processes import FOUR, UNEVEN, launch, run_to_the_end, said
 from tests.training_runs import curve, records, run, same_tensors, steps, text_corpus, weights
 
 
@@ -95,6 +95,8 @@ def test_two_processes_train_as_one_and_each_can_go_on_where_the_other_stopped(f
         assert [line["skipped"] for line in steps(folders, f"bad number {way}")] == [0, 0, 1, 1, 1]
         assert all(bool(tensor.isfinite().all()) for tensor in weights(folders, f"bad number {way}").values())
     assert [said(folders, rank)["skipped"] for rank in (0, 1)] == [[1, 1], [1, 1]]
+    # Whoever looks at the model in a validation has all of it, whatever is shared: two validations in eight runs.
+    assert said(folders, 1)["seen"] == [[1, 5, 256]] * 16
     # The reader of process 0 went away, and both stopped where the state was saved.
     left = [said(folders, rank)["left"] for rank in (0, 1)]
     assert left == [[signal.SIGPIPE, left[0][1]]] * 2
@@ -164,13 +166,11 @@ def test_torchrun_trains_says_everything_once_and_gives_the_losses_of_one_proces
     line = "train data.txt --sparse --dim 16 --depth 1 --heads 2 --seq-len 32 --batch-tokens 128 --steps 4 --log-every 1"
     line += " --eval-every 2 --device cpu"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*torchrun, "-m", "nsa_cli", *line.split(), "--out", "two.safetensors"],
-        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
-    assert (done.returncode, done.stdout) == (0, "two.safetensors\n"), done.stderr
-    assert len(re.findall(r"on 2 processes \(ddp\), cpu", done.stderr)) == 1
-    assert len(re.findall("finished at step 4", done.stderr)) == 1
+    done = run_to_the_end([*torchrun, "-m", "nsa_cli", *line.split(), "--out", "two.safetensors"], cwd=tmp_path)
+    told = done.stderr.decode()
+    assert (done.returncode, done.stdout) == (0, b"two.safetensors\n"), told
+    assert len(re.findall(r"on 2 processes \(ddp\), cpu", told)) == 1
+    assert len(re.findall("finished at step 4", told)) == 1
     assert command([*line.split(), "--out", "one.safetensors", "-q"]) == 0
     same_curve(tmp_path, "one", "two")
 
@@ -184,6 +184,8 @@ def test_what_many_processes_cannot_share_is_refused(monkeypatch: Any, capsys: A
     with pytest.raises(NsaError, match="stdin") as caught:
         _fit_team(["data.txt", "-"], resolve("train", {"train": settings_of(train)}, flags={}, environment={}), Team(1, 2))
     assert caught.value.exit_code == ExitCode.USAGE
+    with pytest.raises(NsaError, match="this run has 2"):
+        refuse_cuda_graph(torch.device("cuda"), "triton", processes=2)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert command(["train", "data.txt", "--device", "cpu"]) == ExitCode.UNAVAILABLE
     assert "WORLD_SIZE=2 without MASTER_PORT" in capsys.readouterr().err

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention.bias import causal_lower_right
 
 from nsa_cli.config import ModelConfig
 from nsa_cli.model.cache import Cache, LayerCache, Span
@@ -109,6 +108,8 @@ class DenseAttention(nn.Module):
     def _shared(self, q: Tensor, k: Tensor, v: Tensor, parallel: ContextParallel) -> Tensor:
         """This process's queries against the keys of all: each of its two pieces is the end of a causal triangle, and so is
         any part of one. On a CPU, where the mask is a tensor, they go in parts that keep it small."""
+        from torch.nn.attention.bias import causal_lower_right  # it loads torch's compiler
+
         k, v = parallel.gather(k, v)
         gqa, p = self.heads != self.kv_heads, self.dropout if self.training else 0.0
         outs = []
