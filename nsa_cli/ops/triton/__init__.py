@@ -8,6 +8,7 @@
     windows       compression's memory movement
     problem       sizes, packed documents' tables, descriptors of one call
     launch        grids and launches, a branch at a time
+    decode        one query a sequence against its cache, four kernels of its own
     operators     PyTorch's custom ops over them, with gradients
     tuning        launch configurations
 
