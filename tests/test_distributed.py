@@ -192,3 +192,13 @@ def test_what_many_processes_cannot_share_is_refused(monkeypatch: Any, capsys: A
     monkeypatch.setenv("MASTER_PORT", "1")
     assert command(["train", "data.txt", "--device", "cuda:0"]) == ExitCode.USAGE
     assert "--device cuda:0 is one GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("rank", "told"), [("0", True), ("1", False)])
+def test_a_wrong_command_line_is_told_by_the_first_of_torchruns_processes(
+    monkeypatch: Any, capsys: Any, rank: str, told: bool
+) -> None:
+    for name, value in (("RANK", rank), ("WORLD_SIZE", "2"), ("TORCHELASTIC_RUN_ID", "none")):
+        monkeypatch.setenv(name, value)
+    assert command(["train", "data.txt", "--stepz", "3"]) == ExitCode.USAGE
+    assert ("--stepz" in capsys.readouterr().err) == told

@@ -110,7 +110,7 @@ def _tell(error: Exception, arguments: Sequence[str], *, verbose: bool) -> int:
     from nsa_cli.cli import output
 
     message, hint, code = explain(error, arguments)
-    if hasattr(error, "format_message") and os.environ.get("RANK", "0") != "0":
+    if hasattr(error, "format_message") and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK") != "0":
         return code  # torchrun's processes have one command line, and the first tells what is wrong with it
     # Where stderr is gone too, the exit code is all that can be said.
     with contextlib.suppress(OSError):
