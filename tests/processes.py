@@ -119,7 +119,7 @@ def _runs(folder: Path, rank: int) -> dict[str, Any]:
 
     seen = []
 
-    def look(model: torch.nn.Module, step: int) -> None:
+    def look(model: torch.nn.Module, step: int, should_stop: Callable[[], bool]) -> None:
         seen.append(list(model(torch.zeros(1, 5, dtype=torch.int64)).shape))
 
     with open_team("cpu", context=2) as pairs:
