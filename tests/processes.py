@@ -32,6 +32,9 @@ FOUR = ("ddp", "context fsdp")
 """Of the ways to train, those that four processes try."""
 
 
+TOGETHER = {**UNEVEN, "keep": 1, "save_every": 2}
+
+
 def launch(world: int, scenario: str, folder: Path) -> list[int]:
     """Exit codes of the processes; what they say goes to this test's own output."""
     command = [sys.executable, "-m", "tests.processes", str(world), scenario, str(folder)]
@@ -240,6 +243,19 @@ def _errors(folder: Path, rank: int) -> dict[str, Any]:
     return told
 
 
+def _together(folder: Path, rank: int) -> dict[str, Any]:
+    """Packed documents, a start from a dense model that is the teacher too, numbered copies: on two processes."""
+    from nsa_cli.training.distributed import open_team
+    from tests.training_runs import documents_corpus, run
+
+    with open_team("cpu") as team:
+        corpus = documents_corpus(folder / str(rank))
+        start = {"init_from": folder / "dense.safetensors", "distill_from": folder / "dense.safetensors"}
+        for name, way in {"ddp": team, "fsdp": replace(team, parallel="fsdp")}.items():
+            run(folder, corpus, name, sparse=True, config=TOGETHER, team=way, **start)
+    return {}
+
+
 def _stopped(folder: Path, rank: int) -> int:
     """The command line, until a signal comes."""
     from nsa_cli.cli.app import run
@@ -252,6 +268,7 @@ def _stopped(folder: Path, rank: int) -> int:
 SCENARIOS: dict[str, Callable[[Path, int], dict[str, Any] | int]] = {
     "runs": _runs,
     "errors": _errors,
+    "together": _together,
     "stopped": _stopped,
 }
 

@@ -195,6 +195,30 @@ def test_tokens_that_were_taken_back_leave_no_trace(case: tuple[object, ...]) ->
         torch.testing.assert_close(logits, full[:, kept:], atol=TOLERANCE, rtol=TOLERANCE)
 
 
+@pytest.mark.parametrize("case", CASES[::6], ids=_name)
+@torch.inference_mode()
+def test_bfloat16_decodes_like_its_full_forward_pass_within_its_rounding(case: tuple[object, ...]) -> None:
+    """The median token is within 2 %: a near tie of rounded scores may select another block for a few."""
+    model, ids = _model(_sparse(case)).bfloat16(), _ids(2, 50)
+    full, decoded = model(ids), _decode(model, ids, [17, 5])
+    errors = (decoded - full).norm(dim=-1) / full.norm(dim=-1)
+    assert errors.median() < 2e-2
+    assert errors.quantile(0.75) < 5e-2
+
+
+@pytest.mark.parametrize("branch_kv", ["independent", "shared"])
+@torch.inference_mode()
+def test_decoding_past_32k_tokens_is_right(branch_kv: str) -> None:
+    nsa = NSAConfig(compress_block=32, compress_stride=16, num_selected=6, window=128, branch_kv=branch_kv)
+    model = _model(_config(depth=1, dim=16, heads=1, kv_heads=1, vocab_size=512, nsa=nsa))
+    ids = torch.randint(512, (1, 32_790))
+    cache = model.make_cache(1, 32_790)
+    for piece in ids[:, :32_780].split(16_390, 1):
+        model(piece, cache=cache, last=True)
+    logits = torch.cat([model(ids[:, t : t + 1], cache=cache) for t in range(32_780, 32_790)], 1)
+    torch.testing.assert_close(logits, model(ids)[:, 32_780:], atol=TOLERANCE, rtol=TOLERANCE)
+
+
 def test_the_cases_cover_every_pair_of_choices() -> None:
     """Some thirty cases instead of the full product, and no pair of choices is left out."""
     assert len(CASES) <= 36

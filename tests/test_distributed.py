@@ -21,8 +21,8 @@ from nsa_cli.training.batches import BatchPlan
 from nsa_cli.training.distributed import Team, open_team
 from nsa_cli.training.graphs import refuse_cuda_graph
 from tests.command_line import text
-from tests.processes import FOUR, UNEVEN, launch, run_to_the_end, said
-from tests.training_runs import curve, records, run, same_tensors, steps, text_corpus, weights
+from tests.processes import FOUR, TOGETHER, UNEVEN, launch, run_to_the_end, said
+from tests.training_runs import curve, documents_corpus, records, run, same_tensors, steps, text_corpus, weights
 
 
 @pytest.fixture
@@ -135,6 +135,19 @@ def test_a_context_that_cannot_be_shared_is_refused_with_one_that_can() -> None:
     alone = "--context-parallel 2: must divide the processes, of which there is one"
     with pytest.raises(NsaError, match=alone), open_team(context=2):
         pass
+
+
+def test_packed_documents_a_dense_start_and_a_teacher_are_shared_out_too(folders: Path) -> None:
+    corpus = documents_corpus(folders / "2")
+    run(folders, corpus, "dense", config={**UNEVEN, "steps": 2})
+    start = {"init_from": folders / "dense.safetensors", "distill_from": folders / "dense.safetensors"}
+    run(folders, corpus, "one", sparse=True, config=TOGETHER, **start)
+    assert launch(2, "together", folders) == [0, 0]
+    for way in WAYS:
+        same_curve(folders, "one", way)
+        last, want = steps(folders, way)[-1], steps(folders, "one")[-1]
+        assert last["distill_kl"] == pytest.approx(want["distill_kl"], rel=1e-3)
+        assert [path.name for path in sorted(folders.glob(f"{way}.step-*"))] == [f"{way}.step-00000004.safetensors"]
 
 
 def test_an_error_on_one_process_ends_all_and_is_told_once(folders: Path) -> None:
