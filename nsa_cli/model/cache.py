@@ -87,6 +87,9 @@ class LayerCache:
         if size == 0:
             return
         ring = self.buffer(name, x, size)
+        if span.uniform and x.shape[2] == 1 and span.counts[0]:
+            ring.select(2, span.starts[0] % size).copy_(x[:, :, 0])
+            return
         if span.uniform:
             kept, end = min(span.counts[0], size), span.ends[0]
             new = x[:, :, span.counts[0] - kept : span.counts[0]].to(ring.dtype)
@@ -115,6 +118,10 @@ class LayerCache:
         ring, tokens = self.buffer(name, x, size), x.shape[2]
         keep = min(keep, max(span.starts))
         base = (span.first - keep).clamp(min=0)
+        if span.uniform:
+            place = (span.starts[0] - keep) % size
+            head = min(keep, size - place)
+            return torch.cat([ring.narrow(2, place, head), ring.narrow(2, 0, keep - head), x.to(ring.dtype)], 2), base
         at = base[:, None] + torch.arange(keep + tokens, device=x.device)
         new = size + (at - span.first[:, None]).clamp(0, tokens - 1)
         source = torch.where(at < span.first[:, None], at % size, new)[:, None, :, None]

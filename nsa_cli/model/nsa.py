@@ -207,6 +207,11 @@ class SparseAttention(nn.Module):
     def _compress_new(self, geometry: Geometry, layer: LayerCache, new: Tokens, span: Span, capacity: int) -> None:
         """Compress the blocks that this pass completes, and store them."""
         nsa, pending = self.nsa, self.nsa.compress_block - 1
+        if span.uniform and new.k_raw.shape[2] == 1:
+            count = nsa.num_compressed(span.ends[0])
+            if count > nsa.num_compressed(span.starts[0]):
+                self._compress_one(geometry, layer, new, span, count - 1, capacity)
+            return
         pairs = [
             (row, block)
             for row, (start, end) in enumerate(zip(span.starts, span.ends, strict=True))
@@ -229,6 +234,22 @@ class SparseAttention(nn.Module):
             k_cmp = rotate(k_cmp, geometry.rotary.angles(starts)[:, None, None])
         layer.put("k_cmp", k_cmp[:, :, 0], rows, blocks, capacity, new.k_slc)
         layer.put("v_cmp", v_cmp[:, :, 0], rows, blocks, capacity, new.v_slc)
+
+    def _compress_one(
+        self, geometry: Geometry, layer: LayerCache, new: Tokens, span: Span, block: int, capacity: int
+    ) -> None:
+        """Compress the block that ends with this token, the same in every row."""
+        pending, end = self.nsa.compress_block - 1, span.ends[0]
+        k = layer.recent("k_raw_ring", new.k_raw, span, pending, pending)[0]
+        if self.sets == 3:
+            v = layer.recent("v_raw_ring", new.v_raw, span, pending, pending)[0]
+        else:
+            v = layer.buffers["v_slc"][:, :, end - pending - 1 : end]
+        k_cmp, v_cmp = self.compress_k(k[:, :, None]), self.compress_v(v[:, :, None])
+        if self.nsa.compress_rope == "block":
+            k_cmp = rotate(k_cmp, geometry.rotary.angles((span.first - pending)[:, None])[:, None])
+        for name, x in (("k_cmp", k_cmp), ("v_cmp", v_cmp)):
+            layer.buffer(name, new.k_slc, capacity).select(2, block).copy_(x[:, :, 0])
 
     def _compress_newest(self, geometry: Geometry, layer: LayerCache, new: Tokens, span: Span) -> None:
         """Compress each row's last l tokens, whatever its length, and store the result where they are a block.

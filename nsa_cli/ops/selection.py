@@ -5,11 +5,16 @@ No gradient flows through here. Works on any chunk of queries, whose positions a
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from nsa_cli.config import NSAConfig
+
+SORTED_UP_TO = 4096
+"""Numbers that a stable sort orders sooner than several steps prepare them for `topk`."""
 
 
 def visible_blocks(positions: Tensor, config: NSAConfig) -> Tensor:
@@ -30,7 +35,13 @@ def pool_importance(p_group: Tensor, select_blocks: int, config: NSAConfig) -> T
     taps = [(min(start + length, block) - max(start, 0)) / stride for start in starts]
     right = select_blocks * step - p_group.shape[-1]
     padded = F.pad(p_group, (reach, right))[..., : select_blocks * step + reach]
-    return padded.unfold(-1, len(taps), step) @ padded.new_tensor(taps)
+    return padded.unfold(-1, len(taps), step) @ _tensor(tuple(taps), padded.dtype, padded.device)
+
+
+@lru_cache(maxsize=64)
+def _tensor(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def select_blocks(importance: Tensor, positions: Tensor, config: NSAConfig) -> Tensor:
@@ -54,7 +65,7 @@ def select_blocks(importance: Tensor, positions: Tensor, config: NSAConfig) -> T
 
 def stable_top(ranked: Tensor, kept: int) -> Tensor:
     """Indices of the `kept` largest of each row, the lower index first among equals."""
-    if ranked.dtype != torch.float32:
+    if ranked.dtype != torch.float32 or ranked.numel() <= SORTED_UP_TO:
         return ranked.sort(dim=-1, descending=True, stable=True).indices[..., :kept]
     # Non-negative floats order like their bits: with the index below them every key differs, so that topk, which is
     # several times faster than a sort, has no ties to break. -inf (no candidate) becomes -1, below every candidate.
