@@ -205,6 +205,18 @@ def test_memory_that_does_not_suffice_ends_with_the_flags_to_change(monkeypatch:
     assert "--dtype bfloat16" in caught.value.hint
 
 
+def test_a_step_that_cannot_be_captured_is_made_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps in graphs fall back to ordinary ones where there is no CUDA, with one warning and the same text."""
+    model = _model()
+    want = generate(model, PROMPTS, _greedy())
+    monkeypatch.setattr("nsa_cli.generation.engine.can_capture", lambda model: True)
+    monkeypatch.setattr("nsa_cli.generation.engine.EAGER_STEPS", 3)
+    with pytest.warns(UserWarning, match="without a CUDA graph") as told:
+        got = generate(model, PROMPTS, _greedy())
+    assert len(told) == 1
+    assert _tokens(got) == _tokens(want)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("nsa", [NSA, None], ids=["sparse", "dense"])
 def test_captured_steps_draw_the_same_text_on_a_gpu(nsa: NSAConfig | None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -24,17 +26,34 @@ class CapturedStep:
         self.ids = torch.zeros(len(cache.host_lengths), 1, dtype=torch.int64, device=model.device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.logits = torch.empty(0)
+        self.refused = False
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Append ids int64 [rows]; logits float32 [rows, 1, vocab] of what follows, overwritten by the next call."""
         cache = self.cache
-        if self.graph is None or cache.longest + 1 > cache.capacity:
-            self._capture()
-        assert self.graph is not None
+        if not self.refused and (self.graph is None or cache.longest + 1 > cache.capacity):
+            self._try_to_capture()
+        if self.graph is None:
+            logits: Tensor = self.model(ids[:, None], cache=cache)
+            return logits
         self.ids.copy_(ids[:, None])
         self.graph.replay()
         cache.host_lengths = [length + 1 for length in cache.host_lengths]
         return self.logits
+
+    def _try_to_capture(self) -> None:
+        """A step that cannot be captured here (a driver, a library) is made as before, slower and right: told once."""
+        self.graph = None
+        mark = self.cache.mark()
+        try:
+            self._capture()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self.graph, self.refused, self.cache.static = None, True, False
+            self.cache.back_to(mark)
+            reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+            warnings.warn(f"decoding goes on without a CUDA graph, which could not be captured: {reason}", stacklevel=2)
 
     def _capture(self) -> None:
         cache, device = self.cache, self.model.device
@@ -48,6 +67,8 @@ class CapturedStep:
                 self.model(self.ids, cache=cache)
                 cache.back_to(mark)
         torch.cuda.current_stream(device).wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        graph = torch.cuda.CUDAGraph()
+        # Another thread's questions to the device (a collective library's watchdog) do not spoil the capture.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.logits = self.model(self.ids, cache=cache)
+        self.graph = graph
