@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from nsa_cli.benchmark.parity import poisoned
 from nsa_cli.config import ModelConfig, NSAConfig
-from nsa_cli.model import Transformer, build_model
+from nsa_cli.model import Transformer, build_model, nsa
 from nsa_cli.ops import nsa_attention
 from nsa_cli.ops.decode import decode_attention
 from nsa_cli.ops.dispatch import nsa_attention_and_selection
@@ -153,6 +154,25 @@ def test_steps_that_ask_the_host_for_nothing_are_the_same_steps(branch_kv: str, 
         want, got = reference(new, cache=plain), model(new, cache=static)
         assert relative_l2(got, want) < 1e-5, step
     assert static.lengths.tolist() == plain.lengths.tolist() == [n + 4 for n in lengths]
+
+
+@pytest.mark.parametrize("branch_kv", ["independent", "shared"])
+@torch.inference_mode()
+def test_a_prompt_in_chunks_goes_through_the_training_kernels(branch_kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, reference = (_model(branch_kv, kernel=kernel) for kernel in ("triton", "torch"))
+    reference.load_state_dict(model.state_dict())
+    ids = torch.randint(97, (1, 29), device=DEVICE)
+    offsets, attention = [], nsa.nsa_attention_and_selection
+
+    def watched(*args: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        offsets.append(named.get("offset"))
+        return attention(*args, **named)
+
+    monkeypatch.setattr(nsa, "nsa_attention_and_selection", watched)
+    cache = model.make_cache(1, 29)
+    got = torch.cat([model(piece, cache=cache) for piece in ids.split([11, 16, 2], 1)], 1)
+    assert offsets == [None, 11, 27]
+    assert relative_l2(got, reference(ids)) < 1e-5
 
 
 @torch.inference_mode()

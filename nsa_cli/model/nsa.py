@@ -180,6 +180,14 @@ class SparseAttention(nn.Module):
         nsa, tokens = self.nsa, max(span.starts) + q.shape[2]
         k_cmp, v_cmp = (x[:, :, : nsa.num_compressed(tokens)] for x in (k_cmp, v_cmp))
         k, v = k[:, :, :tokens], v[:, :, :tokens]
+        if self.kernel == "triton" and span.uniform and span.counts[0] == q.shape[2]:
+            k_win, v_win = self._window_in_place(layer, new, span)
+            self._remember(layer, new, span)
+            out, block_indices = nsa_attention_and_selection(
+                q, k, v, k_cmp, v_cmp, gates, nsa, q_cmp=q_cmp, k_win=k_win, v_win=v_win, kernel=self.kernel,
+                offset=span.starts[0],
+            )  # fmt: skip
+            return out, block_indices, k_cmp
         options: dict[str, Any] = {"kernel": self.kernel, "positions": geometry.positions}
         o_cmp, block_indices = compressed_attention(q_cmp, k_cmp, v_cmp, nsa, **options)
         o_slc = selected_attention(q, k, v, block_indices, nsa, **options)
@@ -191,6 +199,18 @@ class SparseAttention(nn.Module):
         self._remember(layer, new, span)
         g_cmp, g_slc, g_win = gates.unsqueeze(-1).unbind(-2)
         return (g_cmp * o_cmp + g_slc * o_slc + g_win * o_win).to(q.dtype), block_indices, k_cmp
+
+    def _window_in_place(self, layer: LayerCache, new: Tokens, span: Span) -> tuple[Tensor | None, Tensor | None]:
+        """The window's keys and values that this pass sees, at their positions; zeros before. None if they are slc's."""
+        if self.sets == 1:
+            return None, None
+        size, found = self.nsa.window, []
+        for name, x in (("k_win_ring", new.k_win), ("v_win_ring", new.v_win)):
+            recent, _ = layer.recent(name, x, span, size, size - 1)
+            whole = x.new_zeros(*x.shape[:2], span.ends[0], x.shape[3])
+            whole[:, :, span.ends[0] - recent.shape[2] :] = recent
+            found.append(whole)
+        return found[0], found[1]
 
     def _decode(
         self, geometry: Geometry, layer: LayerCache, q: Tensor, q_cmp: Tensor, new: Tokens, gates: Tensor
