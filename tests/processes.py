@@ -143,7 +143,9 @@ def _runs(folder: Path, rank: int) -> dict[str, Any]:
             begun = f"{name} after one"
             run(folder, corpus, begun, config=UNEVEN, resume=folder / f"{begun}.safetensors", team=way)
             run(folder, corpus, f"one after {name}", config={**UNEVEN, "steps": 2}, team=way)
-            run(folder, corpus, f"bfloat16 {name}", sparse=True, dtype=torch.bfloat16, config=UNEVEN, team=way)
+            run(
+                folder, corpus, f"bfloat16 {name}", sparse=True, dtype=torch.bfloat16, config=UNEVEN, team=way, sampler_hook=look
+            )
         for name, steps in (("whole", 4), ("parts", 2)):
             run(folder, corpus, name, model={"dropout": 0.1}, config={**UNEVEN, "steps": steps}, team=team)
         resume = folder / "parts.safetensors"

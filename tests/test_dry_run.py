@@ -66,6 +66,18 @@ def test_the_step_is_the_runs_own_first_one_and_nothing_is_written(
     assert first_lines("ckpt.metrics.jsonl") == [numbers(report["step"])]
 
 
+def test_a_start_and_a_teacher_are_those_of_the_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(f"train data.txt {SMALL} --steps 2 --out dense.safetensors".split()) == 0
+    line = "train data.txt --sparse --batch-tokens 64 --steps 2 --log-every 1 --eval-every 0 --device cpu --out sparse.safetensors"
+    line += " --init-from dense.safetensors --distill-from dense.safetensors"
+    capsys.readouterr()
+    report = reported(line, capsys)
+    assert report["memory"]["teacher"] > 0
+    assert run(line.split()) == 0
+    assert numbers(report["step"]) == first_lines("sparse.metrics.jsonl")[0]
+    assert run([*line.replace("--distill-from dense", "--distill-from nothing").split(), "--dry-run"]) == ExitCode.BAD_INPUT
+
+
 def test_a_resumed_runs_dry_run_makes_its_next_step(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(f"train data.txt {SMALL} --steps 3 --schedule constant --log-every 1 -q".split()) == 0
     capsys.readouterr()

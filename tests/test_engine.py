@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from nsa_cli.config import ModelConfig, NSAConfig
 from nsa_cli.errors import ExitCode, NsaError
 from nsa_cli.generation.engine import MAX_ROWS, Continuation, decode, generate, plan_batches
 from nsa_cli.generation.sampling import SamplingConfig
-from nsa_cli.model import Transformer, accounting, build_model
+from nsa_cli.model import Cache, Transformer, accounting, build_model
 
 CONTEXT = 24
 NSA = NSAConfig(compress_block=4, compress_stride=2, select_block=8, num_selected=3, num_local=1, window=6)
@@ -193,6 +194,28 @@ def test_totals_tell_what_the_cache_holds_and_what_a_step_reads_of_it() -> None:
     assert stats.read_bytes == sum(accounting.decode_read_bytes(model.config, n + 8, 4) for n in (20, 31))
 
 
+def test_a_cache_goes_when_its_rows_go_on_in_a_smaller_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: weakref.WeakSet[Cache] = weakref.WeakSet()
+    select, counts = Cache.select, []
+
+    def watched(self: Cache, rows: Any) -> Cache:
+        chosen = select(self, rows)
+        alive.update((self, chosen))
+        counts.append(len(alive))
+        return chosen
+
+    monkeypatch.setattr(Cache, "select", watched)
+    ends = {i: 2 + 3 * i for i in range(6)}
+    drawn = [0] * 6
+    def stops(prompt: int, continuation: int, token: int) -> bool:
+        drawn[prompt] += 1
+        return drawn[prompt] >= ends[prompt]
+
+    generate(_model(), [[i + 1] for i in range(6)], _greedy(max_tokens=30), on_token=stops)
+    assert len(counts) >= 4
+    assert max(counts) == 2
+
+
 def test_memory_that_does_not_suffice_ends_with_the_flags_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
     def exhausted(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
@@ -209,8 +232,9 @@ def test_a_step_that_cannot_be_captured_is_made_all_the_same(monkeypatch: pytest
     """Steps in graphs fall back to ordinary ones where there is no CUDA, with one warning and the same text."""
     model = _model()
     want = generate(model, PROMPTS, _greedy())
-    monkeypatch.setattr("nsa_cli.generation.engine.can_capture", lambda model: True)
+    monkeypatch.setattr("nsa_cli.generation.engine.can_capture", lambda model, capacity: True)
     monkeypatch.setattr("nsa_cli.generation.engine.EAGER_STEPS", 3)
+    monkeypatch.setattr("nsa_cli.generation.engine.CAPTURED_FROM", 1)
     with pytest.warns(UserWarning, match="without a CUDA graph") as told:
         got = generate(model, PROMPTS, _greedy())
     assert len(told) == 1
@@ -225,8 +249,9 @@ def test_captured_steps_draw_the_same_text_on_a_gpu(nsa: NSAConfig | None, monke
     config = _model(nsa).config
     model = build_model(config, device="cuda", kernel="auto").eval()
     greedy = _greedy(max_tokens=40)
+    monkeypatch.setattr("nsa_cli.generation.engine.CAPTURED_FROM", 1)
     captured = generate(model, PROMPTS, greedy)
-    monkeypatch.setattr("nsa_cli.generation.engine.can_capture", lambda model: False)
+    monkeypatch.setattr("nsa_cli.generation.engine.can_capture", lambda model, capacity: False)
     assert _tokens(captured) == _tokens(generate(model, PROMPTS, greedy))
 
 

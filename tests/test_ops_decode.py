@@ -156,6 +156,28 @@ def test_steps_that_ask_the_host_for_nothing_are_the_same_steps(branch_kv: str, 
     assert static.lengths.tolist() == plain.lengths.tolist() == [n + 4 for n in lengths]
 
 
+@torch.inference_mode()
+def test_a_static_step_in_a_grown_cache_leaves_complete_blocks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first token beyond the old capacity completes a block, as in the warm-up of a graph that is captured anew."""
+    model = _model("independent", kernel="torch")
+    ids = torch.randint(97, (1, 40), device=DEVICE)
+    cache = model.make_cache(1, 19)  # l 4, d 2: token 19 is the last of block 8
+    model(ids[:, :19], cache=cache)
+    mark = cache.mark()
+    cache.reserve(20)
+    cache.static = True
+    plain = nsa.decode_attention
+
+    def by_length(*args: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        return plain(*args, **{**named, "lengths": (named["positions"] + 1).tolist()})
+
+    monkeypatch.setattr(nsa, "decode_attention", by_length)
+    model(ids[:, 30:31], cache=cache)
+    cache.back_to(mark)
+    got = torch.cat([model(ids[:, t : t + 1], cache=cache) for t in range(19, 25)], 1)
+    assert relative_l2(got, model(ids[:, :25])[:, 19:]) < 1e-5
+
+
 @pytest.mark.parametrize("branch_kv", ["independent", "shared"])
 @torch.inference_mode()
 def test_a_prompt_in_chunks_goes_through_the_training_kernels(branch_kv: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from nsa_cli.benchmark.report import Figures
 from nsa_cli.benchmark.timing import Timing, measure
 from nsa_cli.config import ModelConfig, NSAConfig
 from nsa_cli.model import Cache, Transformer, accounting, build_model
+from nsa_cli.model.captured import CapturedStep, can_capture
 
 VOCABULARY = 256
 DECODED = 5
@@ -143,8 +144,12 @@ def _measure_decode(
         if cache.host_lengths[0] == tokens:
             cache.back_to(mark)
 
+    captured = CapturedStep(model, cache) if can_capture(model, cache.capacity) else None
+
     def step() -> Tensor:
         place = cache.host_lengths[0]
+        if captured is not None:
+            return captured(ids[:, place])
         logits: Tensor = model(ids[:, place : place + 1], cache=cache)
         return logits
 

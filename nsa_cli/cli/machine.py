@@ -61,4 +61,5 @@ def find_device(name: str) -> torch.device:
     if index >= count:
         there = "cuda:0 is the only one" if count == 1 else f"there are cuda:0 to cuda:{count - 1}"
         raise NsaError(f"--device {name}: no such GPU", there, ExitCode.UNAVAILABLE)
+    torch.cuda.set_device(index)  # Triton launches on the current device, whatever the tensors'
     return torch.device(name)

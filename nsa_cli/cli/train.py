@@ -143,9 +143,14 @@ def _run(data: list[str], settings: Resolved, team: Team) -> int:
     return 128 + result.signal if result.signal is not None else 0
 
 
+def _reads_stdin(data: list[str]) -> bool:
+    """Whether DATA names stdin, alone or with a weight."""
+    return any(name == "-" or name.startswith("-@") for name in data)
+
+
 def _fit_team(data: list[str], settings: Resolved, team: Team) -> None:
     """One of many processes: on its own device, and the first alone speaks."""
-    if "-" in data:
+    if _reads_stdin(data):
         message = f"DATA - is stdin, and its text would be torn between {team.world} processes"
         raise NsaError(message, "write it to a file first", ExitCode.USAGE)
     settings.derive("device", str(team.device), "a process each")
@@ -193,7 +198,7 @@ def _train(data: list[str], settings: Resolved, paths: RunPaths, team: Team) -> 
         messages.notice("--parallel fsdp has nothing to share out: this is one process, not several under torchrun")
     if machine.notice:
         messages.notice(machine.notice)
-    if "-" in data and sys.stdin.isatty():
+    if _reads_stdin(data) and sys.stdin.isatty():
         messages.notice("reading the training text from the terminal; Ctrl-D ends it")
     corpus = load_corpus(
         data,
@@ -210,7 +215,7 @@ def _train(data: list[str], settings: Resolved, paths: RunPaths, team: Team) -> 
     if settings["dry_run"]:
         if not team.first:
             return None
-        _dry_run(model_config, train_config, corpus, paths, machine, settings)
+        _dry_run(model_config, train_config, corpus, paths, machine, settings, init_from, team)
         return None
     with (
         output.TrainingReporter(messages, json_lines=settings["json"], verbose=settings["verbose"]) as told,
@@ -265,6 +270,8 @@ def _dry_run(
     paths: RunPaths,
     machine: Machine,
     settings: Resolved,
+    init_from: Path | None,
+    team: Team,
 ) -> None:
     from nsa_cli.cli import output
     from nsa_cli.cli.dry_run import report_lines, settings_record
@@ -280,6 +287,9 @@ def _dry_run(
         dtype=machine.dtype,
         resume=settings["resume"],
         force_data=settings["force_data"],
+        init_from=init_from,
+        distill_from=settings["distill_from"],
+        team=team,
     )
     messages = output.Messages(quiet=settings["quiet"])
     for notice in report["notices"]:

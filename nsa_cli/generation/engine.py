@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from nsa_cli.errors import ExitCode, NsaError
-from nsa_cli.generation.graphs import CapturedStep, can_capture
 from nsa_cli.generation.sampling import GumbelSource, SamplingConfig, choose, log_probabilities
 from nsa_cli.model import Cache, Transformer
 from nsa_cli.model.accounting import cache_bytes, decode_read_bytes, parameters_by_part
+from nsa_cli.model.captured import CapturedStep, can_capture
 
 FinishReason = Literal["stop", "length", "interrupted"]
 OnToken = Callable[[int, int, int], bool]
@@ -29,13 +29,15 @@ ShouldStop = Callable[[], bool]
 
 TOKEN_BUDGET = 1 << 15
 """Tokens, padding and continuations included, that one batch may come to hold in the cache; on a GPU, at least."""
-CACHE_SHARE = 0.5
-"""Of a GPU's free memory that caches may fill."""
+CACHE_SHARE = 0.3
+"""Of a GPU's free memory that a batch's cache may fill: rows that go on are copied, and prompts shared by several stay."""
 MAX_ROWS = 128
 PREFILL_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 17}
 """Prompt tokens of a batch that one forward pass reads: the first pass runs the training kernels."""
 EAGER_STEPS = 8
-"""Steps of the same rows before a graph is captured, which costs about as much as fifty."""
+"""Steps of the same rows before a graph is captured."""
+CAPTURED_FROM = 50
+"""Steps still to come from which a capture pays: it costs about as much as so many."""
 SHARED_STEP = 1 << 24
 """Weights times rows from which a decoding step on a CPU is worth more than one thread."""
 _WINDOW = 8 * MAX_ROWS
@@ -146,8 +148,10 @@ def decode(
     prefill_tokens = prefill_tokens or PREFILL_TOKENS.get(model.device.type, 1 << 13)
     training = model.training
     model.eval()
+    # Triton and graphs work on the current device, whatever the tensors'.
+    current = torch.cuda.device(model.device) if model.device.type == "cuda" else nullcontext()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), current:
             for batch in plan_batches(rows, config.continuations, token_budget):
                 chunk = max(1, prefill_tokens // len(batch))
                 width = max(rows[i] for i in batch)
@@ -238,8 +242,9 @@ class _Decoder(Protocol):
     def read_bytes(self) -> int:
         """Bytes of the cache that the last step read."""
 
-    def step(self, ids: Tensor) -> Tensor:
-        """Append one token to every row (ids int64 [rows]); logits float32 [rows, vocab] of what follows."""
+    def step(self, ids: Tensor, left: int) -> Tensor:
+        """Append one token to every row (ids int64 [rows]); logits float32 [rows, vocab] of what follows. left: steps after
+        this one, at most."""
 
     def select(self, rows: Tensor) -> _Decoder:
         """These rows, which may repeat, as a decoder of its own."""
@@ -250,7 +255,7 @@ class _Cached:
 
     def __init__(self, model: Transformer, cache: Cache) -> None:
         self._model, self._cache, self._steps = model, cache, 0
-        self._captured = CapturedStep(model, cache) if can_capture(model) else None
+        self._captured: CapturedStep | None = None
 
     @property
     def nbytes(self) -> int:
@@ -261,9 +266,12 @@ class _Cached:
         config, size = self._model.config, self._cache.itemsize
         return sum(decode_read_bytes(config, length, size) for length in self._cache.host_lengths)
 
-    def step(self, ids: Tensor) -> Tensor:
+    def step(self, ids: Tensor, left: int) -> Tensor:
         self._steps += 1
-        if self._captured is not None and self._steps > EAGER_STEPS:
+        worth = self._steps > EAGER_STEPS and left >= CAPTURED_FROM
+        if self._captured is None and worth and can_capture(self._model, self._cache.capacity):
+            self._captured = CapturedStep(self._model, self._cache)
+        if self._captured is not None:
             return self._captured(ids)[:, -1]
         logits: Tensor = self._model(ids[:, None], cache=self._cache)
         return logits[:, -1]
@@ -285,7 +293,7 @@ class _Recomputed:
         logits: Tensor = self._model(_padded(self._rows, self._model.device))
         return logits[torch.arange(len(self._rows), device=last.device), last]
 
-    def step(self, ids: Tensor) -> Tensor:
+    def step(self, ids: Tensor, left: int) -> Tensor:
         for row, token in zip(self._rows, ids.tolist(), strict=True):
             row.append(token)
         return self.logits()
@@ -353,10 +361,14 @@ class _Run:
             part = jobs[first : first + wave]
             rows = [_Row(prompts[row][0], number) for row, number in part]
             if len(part) == len(prompts) == len(jobs):
-                self._draw(decoder, logits, rows, started)
+                own: list[_Decoder] = [decoder]
+                firsts = logits
             else:
                 places = torch.tensor([row for row, _ in part], device=logits.device)
-                self._draw(decoder.select(places), logits[places], rows, started)
+                own, firsts = [decoder.select(places)], logits[places]
+            if first + wave >= len(jobs):
+                del decoder  # nobody but the one who draws holds the cache: it goes when fewer rows go on in a smaller one
+            self._draw(own, firsts, rows, started)
             if self.stats.interrupted:
                 return
 
@@ -376,13 +388,14 @@ class _Run:
             found[here] = logits[here, 0]
         return _Cached(self.model, cache), found
 
-    def _draw(self, decoder: _Decoder, logits: Tensor, rows: list[_Row], started: float) -> None:
-        """One token a row a step, from the logits of what follows each, until every row has ended."""
+    def _draw(self, own: list[_Decoder], logits: Tensor, rows: list[_Row], started: float) -> None:
+        """One token a row a step, from the logits of what follows each, until every row has ended. own: the decoder, which
+        is taken out."""
         with _few_threads(self.model, len(rows)):
-            self._draw_rows(decoder, logits, rows, started)
+            self._draw_rows(own, logits, rows, started)
 
-    def _draw_rows(self, decoder: _Decoder, logits: Tensor, rows: list[_Row], started: float) -> None:
-        config, decode_started = self.config, time.perf_counter()
+    def _draw_rows(self, own: list[_Decoder], logits: Tensor, rows: list[_Row], started: float) -> None:
+        decoder, config, decode_started = own.pop(), self.config, time.perf_counter()
         gumbel: GumbelSource | None = None
         if config.temperature > 0:
             streams = [(row.prompt, row.continuation) for row in rows]
@@ -404,7 +417,7 @@ class _Run:
                 decoder, ids, rows = decoder.select(keep), ids[keep], [rows[i] for i in live]
                 if gumbel is not None:
                     gumbel.select(keep)
-            logits = decoder.step(ids)[:, : self.vocab]
+            logits = decoder.step(ids, config.max_tokens - position - 2)[:, : self.vocab]
         self._note_cache(decoder)
         self.stats.decode_s += time.perf_counter() - decode_started
         for row in rows:

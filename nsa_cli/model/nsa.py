@@ -166,11 +166,13 @@ class SparseAttention(nn.Module):
         assert span is not None
         names = (("k_slc", new.k_slc), ("v_slc", new.v_slc))
         whole = [layer.append(name, x, span, cache.capacity) for name, x in names]
+        # In full size first: a static step finds a block's place by the buffer's.
+        whole += [layer.buffer(name, new.k_slc, self._block_capacity(cache)) for name in ("k_cmp", "v_cmp")]
         if span.static:
             self._compress_newest(geometry, layer, new, span)
         else:
             self._compress_new(geometry, layer, new, span, self._block_capacity(cache))
-        return cache, span, whole + [layer.buffer(n, new.k_slc, self._block_capacity(cache)) for n in ("k_cmp", "v_cmp")]
+        return cache, span, whole
 
     def _continue(
         self, geometry: Geometry, layer: LayerCache, q: Tensor, q_cmp: Tensor, new: Tokens, gates: Tensor

@@ -15,6 +15,9 @@ from torch.nn import functional as F
 from nsa_cli.config import NSAConfig
 from nsa_cli.ops.selection import pool_importance, select_blocks, stable_top
 
+CHIP_BYTES = 2**16
+"""Compressed keys, or values, of one selection block that Triton's kernels take: larger ones are torch's."""
+
 
 def decode_attention(
     q: Tensor,
@@ -44,7 +47,7 @@ def decode_attention(
     """
     (b, h, _, d), g = q.shape, k.shape[1]
     scale = d**-0.5 if scale is None else scale
-    if kernel == "triton":
+    if kernel == "triton" and _fits(config, max(d, v.shape[3]), q.element_size()):
         from nsa_cli.ops.triton import decode
 
         return decode.decode_attention(
@@ -69,6 +72,11 @@ def decode_attention(
     if o_cmp is not None:
         out = out + o_cmp.to(out.dtype) * weights[..., :1]
     return out.to(q.dtype).view(b, h, 1, -1), indices
+
+
+def _fits(config: NSAConfig, width: int, itemsize: int) -> bool:
+    """Whether the compressed keys of one selection block, which a kernel takes at a time, fit on a chip."""
+    return config.select_block // config.compress_stride * width * itemsize <= CHIP_BYTES
 
 
 def _compressed(

@@ -101,12 +101,13 @@ def begin_from(
 ) -> dict[str, Any]:
     """`load_start`, `start_from` and, where there is held-out text, `measure_distance`: the record for the header.
 
+    eval_tokens: of held-out text, at most; 0 measures nothing.
     path, fingerprint (SHA-256 of the file), step, kind, copied, new, unused, and a Distance's three numbers or nulls.
     """
     weights, context = model.token_emb.weight.dtype, model.config.context
     source, step = load_start(path, model.config, corpus.tokenizer, device=model.device, dtype=weights)
     start, distance = start_from(model, source), None
-    if corpus.val_tokens != 0:
+    if corpus.val_tokens != 0 and eval_tokens:
         batches = validation_batches(corpus.validation, plan, context=context, max_tokens=eval_tokens, device=model.device)
         with explained_errors(plan.micro, context):
             distance = measure_distance(source, model, batches, autocast=autocast)
@@ -119,7 +120,7 @@ def told(record: Mapping[str, Any]) -> str:
     copied, new, unused = (len(record[part]) for part in ("copied", "new", "unused"))
     text = f"begins from {record['path']} ({record['kind']}): {copied} parameters copied, {new} new, {unused} unused"
     if record["kl_nats"] is None:
-        return f"{text}; no held-out text to measure the start on"
+        return f"{text}; the start was not measured on held-out text"
     losses = f"loss {record['source_val_loss']:.4f} there, {record['val_loss']:.4f} here"
     return f"{text}; KL(source || start) {record['kl_nats']:.4g} nats a token on the held-out text ({losses})"
 

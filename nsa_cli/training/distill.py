@@ -21,6 +21,7 @@ from nsa_cli.data import Tokenizer
 from nsa_cli.errors import ExitCode, NsaError
 from nsa_cli.model import Transformer
 from nsa_cli.model.transformer import IGNORED_TARGET
+from nsa_cli.training.distributed import Team
 from nsa_cli.training.resume import SavedRun
 from nsa_cli.training.run import RunPaths
 
@@ -62,6 +63,13 @@ class DistillingLoss:
         return torch.stack((cross_entropy(ours, targets), self.weight * kl_nats(theirs, ours, targets)))
 
 
+def refuse_shared_teacher(record: dict[str, str] | None, team: Team) -> None:
+    """NsaError with exit 2 where processes share each sequence: a teacher reads whole ones."""
+    if record is not None and team.context is not None:
+        message = "--distill-from needs whole sequences, which --context-parallel shares out"
+        raise NsaError(message, "leave one of them out", ExitCode.USAGE)
+
+
 def find_teacher(given: Path | None, saved: SavedRun | None, paths: RunPaths) -> dict[str, str] | None:
     """path and fingerprint of the run's teacher, the one given or the resumed run's; None without one.
 
@@ -72,7 +80,7 @@ def find_teacher(given: Path | None, saved: SavedRun | None, paths: RunPaths) ->
     if given is None and before is None:
         return None
     path = Path(before["path"] if given is None and before is not None else str(given)).absolute()
-    if path.resolve() in {own.resolve() for own in (paths.last, paths.best, paths.state)}:
+    if path.resolve() in {own.resolve() for own in (paths.last, paths.best, paths.state, *paths.all_numbered().values())}:
         message = f"--distill-from {path} is a file that this run writes"
         raise NsaError(message, "choose another --out", ExitCode.USAGE)
     try:

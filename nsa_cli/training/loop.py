@@ -10,7 +10,7 @@ only when every line up to its step is in the metrics file, and a resumed run ne
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,13 +21,12 @@ from torch import Tensor
 
 from nsa_cli.config import ModelConfig, TrainConfig
 from nsa_cli.data import Corpus
-from nsa_cli.errors import ExitCode, NsaError
 from nsa_cli.model import Transformer, build_model
 from nsa_cli.ops.dispatch import resolve_kernel
 from nsa_cli.training.batches import Batch, BatchPlan, plan_batches, refuse_packing, training_batches, validation_batches
 from nsa_cli.training.convert import begin_from, told
 from nsa_cli.training.device import arithmetic, deterministic_on_cpu, explained_errors, random_states, set_random_states
-from nsa_cli.training.distill import DistillingLoss, find_teacher, load_teacher
+from nsa_cli.training.distill import DistillingLoss, find_teacher, load_teacher, refuse_shared_teacher
 from nsa_cli.training.distributed import Team
 from nsa_cli.training.divergence import name_batch
 from nsa_cli.training.graphs import CapturedGradients, refuse_cuda_graph
@@ -111,9 +110,7 @@ def train(
             reporter.notice(notices[-1])
     left = saved is None or saved.step < config.steps
     teacher_record = find_teacher(distill_from, saved, paths) if left else None
-    if teacher_record is not None and team.context is not None:
-        message = "--distill-from needs whole sequences, which --context-parallel shares out"
-        raise NsaError(message, "leave one of them out", ExitCode.USAGE)
+    refuse_shared_teacher(teacher_record, team)
     settings = {"model": model_config.to_dict(), "train": config.to_dict()}
     team.require_same({"data": corpus.fingerprint, **settings, "step": 0 if saved is None else saved.step})
     sparse = model_config.nsa is not None  # dense attention is SDPA whatever the kernel
@@ -135,7 +132,9 @@ def train(
         origins = {} if saved is None else saved.origins
         if init_from is not None:
             autocast = partial(arithmetic, device, dtype)
-            start = begin_from(init_from, model, corpus, plan, eval_tokens=config.eval_tokens, autocast=autocast)
+            # Weights that wait on the host for their shards are not measured there: too slow, and Triton is for the GPU.
+            eval_tokens = config.eval_tokens if model.device == device else 0
+            start = begin_from(init_from, model, corpus, plan, eval_tokens=eval_tokens, autocast=autocast)
             reporter.notice(told(start))
             origins = {"init_from": start}
         model.context_parallel, model.recompute = team.context, config.recompute
@@ -426,7 +425,9 @@ class _Run:
                     health = selection_health(self.model, window, autocast=self.autocast)
                 seen |= {"selection": health} if health else {}
             if self.sampler_hook is not None and self.samples(progress.step):
-                with self.team.sequences_whole(self.model):
+                # A sharded model's weights come in the run's dtype, and its own arithmetic must be told so.
+                mixed = self.autocast() if self.team.sharded else nullcontext()
+                with self.team.sequences_whole(self.model), mixed:
                     text = self.sampler_hook(self.model, progress.step, lambda: bool(interruption))
                 if interruption:
                     return None

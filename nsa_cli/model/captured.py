@@ -6,16 +6,24 @@ import warnings
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
-from nsa_cli.model import Cache, Transformer
+from nsa_cli.model.cache import Cache
+from nsa_cli.model.transformer import Transformer
 
 WARM_UPS = 2
 """Steps before a capture, in which kernels are compiled, libraries make their handles and the cache takes its full size."""
 
 
-def can_capture(model: Transformer) -> bool:
-    """Whether a step of the model asks the host for nothing: on a CUDA GPU, dense or with Triton's kernels."""
-    return model.device.type == "cuda" and (model.config.nsa is None or model.kernel == "triton")
+DENSE_UP_TO = 4096
+"""Tokens of a dense model's cache: a captured step masks all of its capacity, which costs more than launches in a longer one."""
+
+
+def can_capture(model: Transformer, capacity: int) -> bool:
+    """Whether a step asks the host for nothing and gains by it: on a CUDA GPU, with Triton's kernels, or dense and short."""
+    if model.device.type != "cuda" or isinstance(model, FSDPModule):  # whose passes gather weights from other processes
+        return False
+    return model.kernel == "triton" if model.config.nsa is not None else capacity <= DENSE_UP_TO
 
 
 class CapturedStep:
@@ -44,12 +52,15 @@ class CapturedStep:
     def _try_to_capture(self) -> None:
         """A step that cannot be captured here (a driver, a library) is made as before, slower and right: told once."""
         self.graph = None
-        mark = self.cache.mark()
+        mark, stream = self.cache.mark(), torch.cuda.current_stream(self.model.device) if torch.cuda.is_available() else None
         try:
             self._capture()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            if stream is not None:  # a capture that failed leaves its own behind
+                torch.cuda.set_stream(stream)
+                torch.cuda.synchronize(self.model.device)
             self.graph, self.refused, self.cache.static = None, True, False
             self.cache.back_to(mark)
             reason = (str(error).strip().splitlines() or ["no reason given"])[0]
@@ -69,6 +80,6 @@ class CapturedStep:
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # Another thread's questions to the device (a collective library's watchdog) do not spoil the capture.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self.logits = self.model(self.ids, cache=cache)
         self.graph = graph
