@@ -95,7 +95,7 @@ def test_two_processes_train_as_one_and_each_can_go_on_where_the_other_stopped(f
         assert [line["skipped"] for line in steps(folders, f"bad number {way}")] == [0, 0, 1, 1, 1]
         assert all(bool(tensor.isfinite().all()) for tensor in weights(folders, f"bad number {way}").values())
     assert [said(folders, rank)["skipped"] for rank in (0, 1)] == [[1, 1], [1, 1]]
-    # Whoever looks at the model in a validation has all of it, whatever is shared: two validations in ten runs, bfloat16 ones included.
+    # Whoever looks at the model in a validation has all of it, whatever is shared: two validations in ten runs.
     assert said(folders, 1)["seen"] == [[1, 5, 256]] * 20
     # The reader of process 0 went away, and both stopped where the state was saved.
     left = [said(folders, rank)["left"] for rank in (0, 1)]

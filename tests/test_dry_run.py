@@ -68,8 +68,8 @@ def test_the_step_is_the_runs_own_first_one_and_nothing_is_written(
 
 def test_a_start_and_a_teacher_are_those_of_the_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(f"train data.txt {SMALL} --steps 2 --out dense.safetensors".split()) == 0
-    line = "train data.txt --sparse --batch-tokens 64 --steps 2 --log-every 1 --eval-every 0 --device cpu --out sparse.safetensors"
-    line += " --init-from dense.safetensors --distill-from dense.safetensors"
+    line = "train data.txt --sparse --batch-tokens 64 --steps 2 --log-every 1 --eval-every 0 --device cpu"
+    line += " --out sparse.safetensors --init-from dense.safetensors --distill-from dense.safetensors"
     capsys.readouterr()
     report = reported(line, capsys)
     assert report["memory"]["teacher"] > 0
