@@ -51,7 +51,7 @@ def decode_attention(
         from nsa_cli.ops.triton import decode
 
         return decode.decode_attention(
-            q, k, v, k_cmp, v_cmp, gates, config, lengths=positions + 1, q_cmp=q if q_cmp is None else q_cmp, k_win=k_win,
+            q, k, v, k_cmp, v_cmp, gates, config, positions=positions, q_cmp=q if q_cmp is None else q_cmp, k_win=k_win,
             v_win=v_win, scale=scale,
         )  # fmt: skip
     rows = q.reshape(b, g, h // g, d)

@@ -73,6 +73,11 @@ def make_documents(cu_seqlens: Tensor, tokens: int, compressed: int, config: NSA
     return Documents(*(table.int() for table in tables))
 
 
+def padded_dim(dim: int) -> int:
+    """A head dim as tiles have it."""
+    return max(LEAST_DIM, triton.next_power_of_2(dim))
+
+
 @dataclass(frozen=True)
 class Problem:
     """Sizes of one attention call; letters as in nsa_cli.ops. e: head dim of the values. scale: of the scores, natural units."""
@@ -108,11 +113,11 @@ class Problem:
 
     @property
     def dk(self) -> int:
-        return max(LEAST_DIM, triton.next_power_of_2(self.d))
+        return padded_dim(self.d)
 
     @property
     def dv(self) -> int:
-        return max(LEAST_DIM, triton.next_power_of_2(self.e))
+        return padded_dim(self.e)
 
     @property
     def scale_log2(self) -> float:

@@ -88,12 +88,14 @@ def free_blocks(o_j, current, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr):
 
 @triton.jit
 def top_blocks(
-    b_score, o_j, current, p_out, NUM: tl.constexpr, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr, PLACES: tl.constexpr
-):
+    b_score, o_j, current, p_out, NUM: tl.constexpr, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr, PLACES: tl.constexpr,
+    WAYS: tl.constexpr,
+):  # fmt: skip
     """Writes the forced blocks and the most important others of one query, ascending, -1 behind; ties go to the lower block.
 
     Scores are finite and not negative, so that they order like their bits: bisection on the bits between the least and the
     greatest finds a threshold with exactly the free places at or above it, or, among equals, a prefix sum breaks the tie.
+    WAYS: thresholds tried at a time. One is least work; more are fewer steps, where a program waits for nothing else.
     """
     forced, candidate = free_blocks(o_j, current, NUM_INIT, NUM_LOCAL)
     bits = tl.where(candidate, tl.maximum(b_score.to(tl.int32, bitcast=True), 0), -1)
@@ -106,12 +108,22 @@ def top_blocks(
         high = tl.max(bits, 0) + 1
         low = tl.min(tl.where(candidate, bits, 0x7FFFFFFF), 0)
         while (count != places) & (high - low > 1):
-            middle = low + (high - low) // 2
-            above = tl.sum((bits >= middle).to(tl.int32), 0)
-            enough = above >= places
-            low = tl.where(enough, middle, low)
-            count = tl.where(enough, above, count)
-            high = tl.where(enough, high, middle)
+            if WAYS == 1:
+                middle = low + (high - low) // 2
+                above = tl.sum((bits >= middle).to(tl.int32), 0)
+                enough = above >= places
+                low = tl.where(enough, middle, low)
+                count = tl.where(enough, above, count)
+                high = tl.where(enough, high, middle)
+            else:
+                step = tl.maximum((high - low) // (WAYS + 1), 1)
+                at = low + (tl.arange(0, WAYS) + 1) * step
+                above = tl.sum((bits[:, None] >= at[None, :]).to(tl.int32), 0)
+                enough = above >= places  # of the lowest thresholds
+                passed = tl.sum(enough.to(tl.int32), 0)
+                count = tl.minimum(count, tl.min(tl.where(enough, above, 0x7FFFFFFF), 0))
+                low += passed * step
+                high = tl.where(passed < WAYS, low + step, high)
     chosen = bits >= low
     if count > places:
         equal = bits == low
@@ -146,4 +158,4 @@ def select_top(
     o_row = i_bg.to(tl.int64) * rows + i_t
     b_score = tl.load(p_scores + o_row * BLOCKS + base + o_j, mask=candidate, other=0.0)
     p_out = p_indices + (i_bg.to(tl.int64) * N + t) * NUM
-    top_blocks(b_score, o_j, current, p_out, NUM, NUM_INIT, NUM_LOCAL, PLACES)
+    top_blocks(b_score, o_j, current, p_out, NUM, NUM_INIT, NUM_LOCAL, PLACES, 1)
