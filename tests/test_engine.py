@@ -232,7 +232,7 @@ def test_a_step_that_cannot_be_captured_is_made_all_the_same(monkeypatch: pytest
     """Steps in graphs fall back to ordinary ones where there is no CUDA, with one warning and the same text."""
     model = _model()
     want = generate(model, PROMPTS, _greedy())
-    monkeypatch.setattr("nsa_cli.generation.engine.can_capture", lambda model, capacity: True)
+    monkeypatch.setattr("nsa_cli.generation.engine.can_step", lambda model: True)
     monkeypatch.setattr("nsa_cli.generation.engine.EAGER_STEPS", 3)
     monkeypatch.setattr("nsa_cli.generation.engine.CAPTURED_FROM", 1)
     with pytest.warns(UserWarning, match="without a CUDA graph") as told:
@@ -244,14 +244,14 @@ def test_a_step_that_cannot_be_captured_is_made_all_the_same(monkeypatch: pytest
 @pytest.mark.gpu
 @pytest.mark.parametrize("nsa", [NSA, None], ids=["sparse", "dense"])
 def test_captured_steps_draw_the_same_text_on_a_gpu(nsa: NSAConfig | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond the reserved room, so that the graph is captured anew in a larger cache."""
+    """Beyond the reserved room, so that graphs are captured anew in a larger cache."""
     monkeypatch.setattr("nsa_cli.generation.engine._RESERVED_TOKENS", 12)
     config = _model(nsa).config
     model = build_model(config, device="cuda", kernel="auto").eval()
     greedy = _greedy(max_tokens=40)
     monkeypatch.setattr("nsa_cli.generation.engine.CAPTURED_FROM", 1)
     captured = generate(model, PROMPTS, greedy)
-    monkeypatch.setattr("nsa_cli.generation.engine.can_capture", lambda model, capacity: False)
+    monkeypatch.setattr("nsa_cli.generation.engine.can_step", lambda model: False)
     assert _tokens(captured) == _tokens(generate(model, PROMPTS, greedy))
 
 

@@ -137,47 +137,6 @@ def _model(branch_kv: str, compress: str = "mlp", rope: str = "none", kernel: st
     return build_model(config, device=DEVICE, kernel=kernel).eval()
 
 
-@pytest.mark.parametrize(("branch_kv", "compress", "rope"), [("independent", "mlp", "block"), ("shared", "gated", "none")])
-@torch.inference_mode()
-def test_steps_that_ask_the_host_for_nothing_are_the_same_steps(branch_kv: str, compress: str, rope: str) -> None:
-    """Rows of different lengths, from before the first block to past the window."""
-    model, reference = (_model(branch_kv, compress, rope, kernel) for kernel in ("triton", "torch"))
-    reference.load_state_dict(model.state_dict())
-    ids = torch.randint(97, (3, 20), device=DEVICE)
-    lengths = [1, 3, 10]
-    plain, static = (model.make_cache(3, 20) for _ in range(2))
-    for cache in (plain, static):
-        reference(ids[:, :10], cache=cache, counts=lengths)
-    static.static = True
-    for step in range(4):
-        new = ids[:, 12 + step : 13 + step]
-        want, got = reference(new, cache=plain), model(new, cache=static)
-        assert relative_l2(got, want) < 1e-5, step
-    assert static.lengths.tolist() == plain.lengths.tolist() == [n + 4 for n in lengths]
-
-
-@torch.inference_mode()
-def test_a_static_step_in_a_grown_cache_leaves_complete_blocks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first token beyond the old capacity completes a block, as in the warm-up of a graph that is captured anew."""
-    model = _model("independent", kernel="torch")
-    ids = torch.randint(97, (1, 40), device=DEVICE)
-    cache = model.make_cache(1, 19)  # l 4, d 2: token 19 is the last of block 8
-    model(ids[:, :19], cache=cache)
-    mark = cache.mark()
-    cache.reserve(20)
-    cache.static = True
-    plain = nsa.decode_attention
-
-    def by_length(*args: Any, **named: Any) -> tuple[Tensor, Tensor]:
-        return plain(*args, **{**named, "lengths": (named["positions"] + 1).tolist()})
-
-    monkeypatch.setattr(nsa, "decode_attention", by_length)
-    model(ids[:, 30:31], cache=cache)
-    cache.back_to(mark)
-    got = torch.cat([model(ids[:, t : t + 1], cache=cache) for t in range(19, 25)], 1)
-    assert relative_l2(got, model(ids[:, :25])[:, 19:]) < 1e-5
-
-
 @pytest.mark.parametrize("branch_kv", ["independent", "shared"])
 @torch.inference_mode()
 def test_a_prompt_in_chunks_goes_through_the_training_kernels(branch_kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,20 +154,6 @@ def test_a_prompt_in_chunks_goes_through_the_training_kernels(branch_kv: str, mo
     got = torch.cat([model(piece, cache=cache) for piece in ids.split([11, 16, 2], 1)], 1)
     assert offsets == [None, 11, 27]
     assert relative_l2(got, reference(ids)) < 1e-5
-
-
-@torch.inference_mode()
-def test_a_dense_model_has_static_steps_too() -> None:
-    config = ModelConfig(vocab_size=97, dim=16, depth=2, heads=4, kv_heads=2, dim_head=8, context=64)
-    model, ids = build_model(config, device=DEVICE).eval(), torch.randint(97, (2, 30), device=DEVICE)
-    cache = model.make_cache(2, 30)
-    model(ids[:, :9], cache=cache, counts=[9, 4])
-    cache.static = True
-    rows = torch.stack([ids[0, 9:14], ids[1, 4:9]])
-    got = torch.cat([model(rows[:, i : i + 1], cache=cache) for i in range(5)], 1)
-    full = model(ids)
-    assert relative_l2(got[0], full[0, 9:14]) < 1e-5
-    assert relative_l2(got[1], full[1, 4:9]) < 1e-5
 
 
 def test_a_prefix_of_the_operator_is_what_a_step_continues() -> None:

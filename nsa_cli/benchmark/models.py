@@ -23,7 +23,8 @@ from nsa_cli.benchmark.report import Figures
 from nsa_cli.benchmark.timing import Timing, measure
 from nsa_cli.config import ModelConfig, NSAConfig
 from nsa_cli.model import Cache, Transformer, accounting, build_model
-from nsa_cli.model.captured import CapturedStep, can_capture
+from nsa_cli.model.captured import CapturedStep
+from nsa_cli.model.step import Step, can_step
 
 VOCABULARY = 256
 DECODED = 5
@@ -144,7 +145,7 @@ def _measure_decode(
         if cache.host_lengths[0] == tokens:
             cache.back_to(mark)
 
-    captured = CapturedStep(model, cache) if can_capture(model, cache.capacity) else None
+    captured = CapturedStep(Step(model), cache) if can_step(model) else None
 
     def step() -> Tensor:
         place = cache.host_lengths[0]
@@ -154,8 +155,11 @@ def _measure_decode(
         return logits
 
     peak = bench.peak(step) + cache.nbytes
-    candidates = ("auto", "math", *_fused(bench))
-    timing, kernel = _under_fastest(bench, subject, step, candidates, back) if check.ok else (None, subject.kernel)
+    timing, kernel = None, subject.kernel
+    if check.ok and captured is not None:
+        timing, kernel = bench.time(step, back), "triton"
+    elif check.ok:
+        timing, kernel = _under_fastest(bench, subject, step, ("auto", "math", *_fused(bench)), back)
     item = torch.empty(0, dtype=bench.dtype).element_size()
     moved = weights + subject.batch * accounting.decode_read_bytes(config, tokens, item)
     parameters = accounting.parameters_by_part(config)["total"]

@@ -21,7 +21,8 @@ from nsa_cli.errors import ExitCode, NsaError
 from nsa_cli.generation.sampling import GumbelSource, SamplingConfig, choose, log_probabilities
 from nsa_cli.model import Cache, Transformer
 from nsa_cli.model.accounting import cache_bytes, decode_read_bytes, parameters_by_part
-from nsa_cli.model.captured import CapturedStep, can_capture
+from nsa_cli.model.captured import CapturedStep
+from nsa_cli.model.step import Step, can_step
 
 FinishReason = Literal["stop", "length", "interrupted"]
 OnToken = Callable[[int, int, int], bool]
@@ -251,10 +252,11 @@ class _Decoder(Protocol):
 
 
 class _Cached:
-    """Rows that live in a key/value cache. On a GPU, once some steps were made, the others replay one graph."""
+    """Rows that live in a key/value cache. On a GPU, by `Step`, and once some steps were made, the others replay a graph."""
 
-    def __init__(self, model: Transformer, cache: Cache) -> None:
+    def __init__(self, model: Transformer, cache: Cache, step: Step | None = None) -> None:
         self._model, self._cache, self._steps = model, cache, 0
+        self._step = Step(model) if step is None and can_step(model) else step
         self._captured: CapturedStep | None = None
 
     @property
@@ -267,17 +269,16 @@ class _Cached:
         return sum(decode_read_bytes(config, length, size) for length in self._cache.host_lengths)
 
     def step(self, ids: Tensor, left: int) -> Tensor:
+        if self._step is None:
+            logits: Tensor = self._model(ids[:, None], cache=self._cache)
+            return logits[:, -1]
         self._steps += 1
-        worth = self._steps > EAGER_STEPS and left >= CAPTURED_FROM
-        if self._captured is None and worth and can_capture(self._model, self._cache.capacity):
-            self._captured = CapturedStep(self._model, self._cache)
-        if self._captured is not None:
-            return self._captured(ids)[:, -1]
-        logits: Tensor = self._model(ids[:, None], cache=self._cache)
-        return logits[:, -1]
+        if self._captured is None:
+            self._captured = CapturedStep(self._step, self._cache)
+        return self._captured(ids, capture=self._steps > EAGER_STEPS and left >= CAPTURED_FROM)
 
     def select(self, rows: Tensor) -> _Cached:
-        return _Cached(self._model, self._cache.select(rows))
+        return _Cached(self._model, self._cache.select(rows), self._step)
 
 
 class _Recomputed:

@@ -205,8 +205,7 @@ def decode_read_tokens(tokens: int, nsa: NSAConfig | None) -> int:
     """Cached keys (and as many values) that the last of N tokens reads: N if dense, else blocks, selection and window.
 
     Sparse: M + the causal tokens of its selected blocks + min(w, N). What a new compressed block is made of is not counted (l
-    tokens, every d-th step; in a captured graph at every step). 64k tokens of the paper's geometry: 5,631, 11.6
-    times fewer.
+    tokens, every d-th step). 64k tokens of the paper's geometry: 5,631, 11.6 times fewer.
     """
     if nsa is None:
         return tokens

@@ -83,7 +83,7 @@ class DenseAttention(nn.Module):
         if geometry.first:
             out = self._causal(q, k, v, geometry.cu_seqlens)
         else:
-            tokens = cache.capacity if span.static else max(span.starts) + x.shape[1]
+            tokens = max(span.starts) + x.shape[1]
             out = self._cached(q, all_k[:, :, :tokens], all_v[:, :, :tokens], geometry.positions, span)
         return self.to_out(join_heads(out))
 

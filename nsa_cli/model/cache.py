@@ -28,19 +28,17 @@ class Span:
     """Where the tokens of one pass stand: row b's are positions starts[b] .. starts[b] + counts[b] - 1.
 
     starts, counts: on the host. first, number: the same int64 [b] on the device. A pass of t > counts[b] tokens is padded.
-    static: what the host knows may be out of date, and first alone counts (`Cache.static`).
     """
 
     starts: list[int]
     counts: list[int]
     first: Tensor
     number: Tensor
-    static: bool = False
 
     @property
     def uniform(self) -> bool:
         """Whether all rows are known to stand at the same place and to take as many tokens."""
-        return not self.static and len(set(self.starts)) == 1 and len(set(self.counts)) == 1
+        return len(set(self.starts)) == 1 and len(set(self.counts)) == 1
 
     @property
     def ends(self) -> list[int]:
@@ -70,7 +68,7 @@ class LayerCache:
         Padding is written too: beyond its row's length, where the next tokens overwrite it.
         """
         buffer, tokens = self.buffer(name, x, capacity), x.shape[2]
-        if len(set(span.starts)) == 1 and not span.static:
+        if len(set(span.starts)) == 1:
             buffer[:, :, span.starts[0] : span.starts[0] + tokens] = x
         else:
             rows = torch.arange(x.shape[0], device=x.device)[:, None]
@@ -141,12 +139,8 @@ class Cache:
     """What `Transformer.make_cache` returns and `Transformer.forward(ids, cache=...)` extends.
 
     host_lengths: tokens that every sequence of the batch holds; lengths: the same int64 [b] on the model's device.
-    capacity: tokens a sequence that there is room for.
-    static: passes of one token do the same work at every length, as a captured graph must: lengths are read and counted on the
-    device, in place, and nothing grows. Whoever replays such a graph counts host_lengths.
+    capacity: tokens a sequence that there is room for. `Step` reads lengths on the device and counts them in place.
     """
-
-    static = False
 
     def __init__(self, config: ModelConfig, batch: int, capacity: int, device: torch.device) -> None:
         self.config = config
@@ -182,10 +176,6 @@ class Cache:
         if len(number) != len(self.host_lengths) or not all(0 <= n <= tokens for n in number):
             rule = f"{len(self.host_lengths)} numbers between 0 and {tokens}, the tokens of the pass"
             raise ValueError(f"counts = {number}: must be {rule}")
-        if self.static:
-            assert tokens == 1
-            assert counts is None
-            return Span(list(self.host_lengths), number, self.lengths, torch.ones_like(self.lengths), static=True)
         self.reserve(self.longest + tokens)
         if counts is None:
             there = torch.full_like(self.lengths, tokens)
@@ -195,9 +185,6 @@ class Cache:
 
     def advance(self, span: Span) -> None:
         """Count the span's tokens, once all layers hold them."""
-        if span.static:
-            self.lengths += span.number
-            return
         self.host_lengths = span.ends
         self.lengths = span.first + span.number
 

@@ -1,4 +1,4 @@
-"""A decoding step of the whole model as a CUDA graph: at one token a pass, launches cost more than all that they launch."""
+"""A decoding step of the whole model as a CUDA graph: the host sends one launch instead of a hundred."""
 
 from __future__ import annotations
 
@@ -6,80 +6,75 @@ import warnings
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from nsa_cli.model.cache import Cache
-from nsa_cli.model.transformer import Transformer
+from nsa_cli.model.step import Step
 
 WARM_UPS = 2
-"""Steps before a capture, in which kernels are compiled, libraries make their handles and the cache takes its full size."""
-
-
-DENSE_UP_TO = 4096
-"""Tokens of a dense model's cache: a captured step masks all of its capacity, which costs more than launches in a longer one."""
-
-
-def can_capture(model: Transformer, capacity: int) -> bool:
-    """Whether a step asks the host for nothing and gains by it: on a CUDA GPU, with Triton's kernels, or dense and short."""
-    if model.device.type != "cuda" or isinstance(model, FSDPModule):  # whose passes gather weights from other processes
-        return False
-    return model.kernel == "triton" if model.config.nsa is not None else capacity <= DENSE_UP_TO
+"""Steps before a capture, in which kernels are compiled and libraries make their handles."""
 
 
 class CapturedStep:
-    """`model(ids, cache=cache)` for one token a row, replayed: the same graph for every length up to the cache's capacity."""
+    """`model(ids, cache=cache)` for one token a row, by `Step`: replayed, with the same two graphs for every length up to the
+    cache's capacity, one for the steps that complete a compressed block in some row and one for the others."""
 
-    def __init__(self, model: Transformer, cache: Cache) -> None:
-        self.model, self.cache = model, cache
-        self.ids = torch.zeros(len(cache.host_lengths), 1, dtype=torch.int64, device=model.device)
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.logits = torch.empty(0)
+    def __init__(self, step: Step, cache: Cache) -> None:
+        self.step, self.cache = step, cache
+        self.ids = torch.zeros(len(cache.host_lengths), dtype=torch.int64, device=cache.device)
+        self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.refused = False
+        step.reserve(cache)
 
-    def __call__(self, ids: Tensor) -> Tensor:
-        """Append ids int64 [rows]; logits float32 [rows, 1, vocab] of what follows, overwritten by the next call."""
+    def __call__(self, ids: Tensor, *, capture: bool = True) -> Tensor:
+        """Append ids int64 [rows]; logits float32 [rows, vocab] of what follows, overwritten by the next call.
+
+        capture: whether a graph may be made now, which takes as long as some steps.
+        """
         cache = self.cache
-        if not self.refused and (self.graph is None or cache.longest + 1 > cache.capacity):
-            self._try_to_capture()
-        if self.graph is None:
-            logits: Tensor = self.model(ids[:, None], cache=cache)
-            return logits
-        self.ids.copy_(ids[:, None])
-        self.graph.replay()
+        if cache.longest + 1 > cache.capacity:
+            self.step.reserve(cache)
+            self.graphs = {}
+        blocks = self.step.completes(cache)
+        if blocks not in self.graphs and capture and not self.refused:
+            self._try_to_capture(blocks)
+        self.ids.copy_(ids)
+        if blocks in self.graphs:
+            graph, logits = self.graphs[blocks]
+            graph.replay()
+        else:
+            logits = self.step(self.ids, cache, blocks=blocks)
         cache.host_lengths = [length + 1 for length in cache.host_lengths]
-        return self.logits
+        return logits
 
-    def _try_to_capture(self) -> None:
-        """A step that cannot be captured here (a driver, a library) is made as before, slower and right: told once."""
-        self.graph = None
-        mark, stream = self.cache.mark(), torch.cuda.current_stream(self.model.device) if torch.cuda.is_available() else None
+    def _try_to_capture(self, blocks: bool) -> None:
+        """A step that cannot be captured here (a driver, a library) is made launch by launch, slower and right: told once."""
+        mark, stream = self.cache.mark(), torch.cuda.current_stream(self.cache.device) if torch.cuda.is_available() else None
         try:
-            self._capture()
+            self._capture(blocks)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             if stream is not None:  # a capture that failed leaves its own behind
                 torch.cuda.set_stream(stream)
-                torch.cuda.synchronize(self.model.device)
-            self.graph, self.refused, self.cache.static = None, True, False
+                torch.cuda.synchronize(self.cache.device)
+            self.graphs, self.refused = {}, True
             self.cache.back_to(mark)
             reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-            warnings.warn(f"decoding goes on without a CUDA graph, which could not be captured: {reason}", stacklevel=2)
+            warnings.warn(f"decoding goes on without a CUDA graph, which could not be captured: {reason}", stacklevel=3)
 
-    def _capture(self) -> None:
-        cache, device = self.cache, self.model.device
-        cache.reserve(cache.longest + 1)
-        cache.static = True
+    def _capture(self, blocks: bool) -> None:
+        cache, device = self.cache, self.cache.device
         mark = cache.mark()
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
-                self.model(self.ids, cache=cache)
+                self.step(self.ids, cache, blocks=blocks)
                 cache.back_to(mark)
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
+        pool = next((other.pool() for other, _ in self.graphs.values()), None)
         # Another thread's questions to the device (a collective library's watchdog) do not spoil the capture.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            self.logits = self.model(self.ids, cache=cache)
-        self.graph = graph
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            logits = self.step(self.ids, cache, blocks=blocks)
+        self.graphs[blocks] = (graph, logits)

@@ -166,12 +166,8 @@ class SparseAttention(nn.Module):
         assert span is not None
         names = (("k_slc", new.k_slc), ("v_slc", new.v_slc))
         whole = [layer.append(name, x, span, cache.capacity) for name, x in names]
-        # In full size first: a static step finds a block's place by the buffer's.
         whole += [layer.buffer(name, new.k_slc, self._block_capacity(cache)) for name in ("k_cmp", "v_cmp")]
-        if span.static:
-            self._compress_newest(geometry, layer, new, span)
-        else:
-            self._compress_new(geometry, layer, new, span, self._block_capacity(cache))
+        self._compress_new(geometry, layer, new, span, self._block_capacity(cache))
         return cache, span, whole
 
     def _continue(
@@ -272,37 +268,6 @@ class SparseAttention(nn.Module):
             k_cmp = rotate(k_cmp, geometry.rotary.angles((span.first - pending)[:, None])[:, None])
         for name, x in (("k_cmp", k_cmp), ("v_cmp", v_cmp)):
             layer.buffer(name, new.k_slc, capacity).select(2, block).copy_(x[:, :, 0])
-
-    def _compress_newest(self, geometry: Geometry, layer: LayerCache, new: Tokens, span: Span) -> None:
-        """Compress each row's last l tokens, whatever its length, and store the result where they are a block.
-
-        The same work at every step: what a captured graph can do. A block's network costs less than asking the device.
-        """
-        nsa, length = self.nsa, self.nsa.compress_block
-        blocks = layer.buffers["k_cmp"].shape[2]
-        if blocks == 0:
-            return
-        start = span.first - length + 1  # of the block that would end with this token
-        complete = (start >= 0) & (start % nsa.compress_stride == 0)
-        at = (start + torch.arange(length - 1, device=start.device)[:, None]).clamp(min=0).T  # [b, l - 1]
-        rows = torch.arange(len(start), device=start.device)[:, None]
-
-        def last(ring: str, x: Tensor, source: str | None = None) -> Tensor:
-            """[b, g, 1, l, d]: the tokens before this one, from their ring or a full buffer, and this one."""
-            if length == 1:
-                return x[:, :, None]
-            older = layer.buffers[ring][rows, :, at % (length - 1)] if source is None else layer.buffers[source][rows, :, at]
-            return torch.cat([older.transpose(1, 2), x], 2)[:, :, None]
-
-        k_cmp = self.compress_k(last("k_raw_ring", new.k_raw))
-        v_cmp = self.compress_v(last("v_raw_ring", new.v_raw, None if self.sets == 3 else "v_slc"))
-        if nsa.compress_rope == "block":
-            k_cmp = rotate(k_cmp, geometry.rotary.angles(start.clamp(min=0))[:, None, None])
-        place = (start.clamp(min=0) // nsa.compress_stride).clamp(max=blocks - 1)
-        for name, x in (("k_cmp", k_cmp), ("v_cmp", v_cmp)):
-            buffer = layer.buffers[name]
-            old = buffer[rows[:, 0], :, place]
-            buffer[rows[:, 0], :, place] = torch.where(complete[:, None, None], x[:, :, 0].to(buffer.dtype), old)
 
 
 class Tokens(NamedTuple):

@@ -38,9 +38,12 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(hidden, config.dim, bias=False)
         self.w3 = nn.Linear(config.dim, hidden, bias=False) if config.ff == "swiglu" else None
 
+    def hidden(self, x: Tensor) -> Tensor:
+        """What W2 is applied to."""
+        return F.gelu(self.w1(x)) if self.w3 is None else F.silu(self.w1(x)) * self.w3(x)
+
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.gelu(self.w1(x)) if self.w3 is None else F.silu(self.w1(x)) * self.w3(x)
-        return self.w2(hidden)
+        return self.w2(self.hidden(x))
 
 
 class Block(nn.Module):
@@ -132,13 +135,17 @@ class Transformer(nn.Module):
             else:
                 at = torch.tensor([max(n - 1, 0) for n in counts]).to(x.device)
                 x = x[torch.arange(len(x), device=x.device), at][:, None]
-        x = self.norm(x)
-        logits = (F.linear(x, self.token_emb.weight) if self.to_logits is None else self.to_logits(x)).float()
+        logits = self.unembed(x).float()
         if targets is None:
             return logits
         return F.cross_entropy(
             rearrange(logits, "b t v -> (b t) v"), rearrange(targets, "b t -> (b t)"), ignore_index=IGNORED_TARGET
         )
+
+    def unembed(self, x: Tensor) -> Tensor:
+        """Logits [.., vocab] of the last block's output [.., dim]."""
+        x = self.norm(x)
+        return F.linear(x, self.token_emb.weight) if self.to_logits is None else self.to_logits(x)
 
     def make_cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache for `batch` sequences of `capacity` tokens; it grows when more come."""

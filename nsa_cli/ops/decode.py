@@ -47,7 +47,7 @@ def decode_attention(
     """
     (b, h, _, d), g = q.shape, k.shape[1]
     scale = d**-0.5 if scale is None else scale
-    if kernel == "triton" and _fits(config, max(d, v.shape[3]), q.element_size()):
+    if kernel == "triton" and fits(config, max(d, v.shape[3]), q.element_size()):
         from nsa_cli.ops.triton import decode
 
         return decode.decode_attention(
@@ -74,7 +74,7 @@ def decode_attention(
     return out.to(q.dtype).view(b, h, 1, -1), indices
 
 
-def _fits(config: NSAConfig, width: int, itemsize: int) -> bool:
+def fits(config: NSAConfig, width: int, itemsize: int) -> bool:
     """Whether the compressed keys of one selection block, which a kernel takes at a time, fit on a chip."""
     return config.select_block // config.compress_stride * width * itemsize <= CHIP_BYTES
 

@@ -1,0 +1,134 @@
+"""One decoding step of the whole model through kernels made for it: launches cost more than all that they launch.
+
+The same function as `model(ids, cache=cache)` for one token a row, in a dozen launches a layer: the projections of a layer are one
+product, and what lies between them and attention is one kernel. Nothing waits for the host, and every launch is the same at
+every length, so that a CUDA graph can replay it; but for a step in which no row completes a block, which leaves compression out.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.nn import functional as F
+
+from nsa_cli.config import NSAConfig
+from nsa_cli.model.attention import DenseAttention
+from nsa_cli.model.cache import Cache, LayerCache
+from nsa_cli.model.compress import Positioned
+from nsa_cli.model.nsa import SparseAttention
+from nsa_cli.model.transformer import Block, Transformer
+from nsa_cli.ops.decode import fits
+
+
+def can_step(model: Transformer) -> bool:
+    """Whether `Step` does the model's steps: on a CUDA GPU, sparse ones with Triton's kernels, in the weights' own precision."""
+    if model.device.type != "cuda" or isinstance(model, FSDPModule):  # whose passes gather weights from other processes
+        return False
+    if torch.is_autocast_enabled("cuda") or importlib.util.find_spec("triton") is None:
+        return False
+    config, size = model.config, model.token_emb.weight.element_size()
+    if config.nsa is None:
+        return config.dim_head <= 256
+    return model.kernel == "triton" and fits(config.nsa, config.dim_head, size)
+
+
+class Step:
+    """Steps of one model, whose weights must not change meanwhile: projections of one input are kept side by side."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.model = model
+        self.sets = 3 if model.config.nsa is not None and model.config.nsa.branch_kv == "independent" else 1
+        with torch.no_grad():
+            self.weights = [torch.cat([layer.weight for layer in _projections(block)]) for block in self._blocks()]
+
+    def _blocks(self) -> list[Block]:
+        return [cast(Block, block) for block in self.model.layers]
+
+    def completes(self, cache: Cache) -> bool:
+        """Whether the next token completes a compressed block in some row, as the host knows it."""
+        nsa = self.model.config.nsa
+        if nsa is None:
+            return False
+        return any(nsa.num_compressed(n + 1) > nsa.num_compressed(n) for n in cache.host_lengths)
+
+    def reserve(self, cache: Cache) -> None:
+        """Room for one more token, in buffers that stay where they are until there is none."""
+        cache.reserve(cache.longest + 1)
+        nsa = self.model.config.nsa
+        sizes = {"k": cache.capacity, "v": cache.capacity}
+        if nsa is not None:
+            blocks = nsa.num_compressed(cache.capacity)
+            sizes = {"k_slc": cache.capacity, "v_slc": cache.capacity, "k_cmp": blocks, "v_cmp": blocks}
+        for layer in cache.layers:
+            for name, places in sizes.items():
+                layer.buffer(name, layer.buffers[name], places)
+
+    def __call__(self, ids: Tensor, cache: Cache, *, blocks: bool) -> Tensor:
+        """Logits float32 [b, vocab] of what follows ids int64 [b]. cache: not empty, with room (`reserve`); its lengths on the
+        device are counted here, those on the host are the caller's. blocks: False if no row's token completes a block."""
+        model, at = self.model, cache.lengths
+        nsa = model.config.nsa
+        x = F.embedding(ids, model.token_emb.weight)
+        angles = model.rotary.angles(at)
+        starts = None
+        if nsa is not None and blocks and nsa.compress_rope == "block":
+            starts = model.rotary.angles((at - nsa.compress_block + 1).clamp(min=0))
+        for block, weight, layer in zip(self._blocks(), self.weights, cache.layers, strict=True):
+            projected = F.linear(block.attn_norm(x), weight)
+            if nsa is None:
+                out = self._dense(cast(DenseAttention, block.attn), projected, angles, at, layer)
+            else:
+                out = self._sparse(cast(SparseAttention, block.attn), nsa, projected, angles, starts, at, layer, blocks)
+            x.addmm_(out.flatten(1), block.attn.to_out.weight.mT)
+            x.addmm_(block.ff.hidden(block.ff_norm(x)), block.ff.w2.weight.mT)
+        cache.lengths += 1
+        return model.unembed(x).float()
+
+    def _dense(self, attn: DenseAttention, projected: Tensor, angles: Tensor, at: Tensor, layer: LayerCache) -> Tensor:
+        from nsa_cli.ops.triton.append import Places, append
+        from nsa_cli.ops.triton.decode import dense_attention
+
+        k, v = (layer.buffers[name] for name in ("k", "v"))
+        q, _, _ = append(projected, angles, at, Places(k, v), heads=attn.heads, sets=1, config=None)
+        return dense_attention(q, k, v, positions=at, scale=q.shape[-1] ** -0.5)
+
+    def _sparse(
+        self, attn: SparseAttention, nsa: NSAConfig, projected: Tensor, angles: Tensor, starts: Tensor | None, at: Tensor,
+        layer: LayerCache, blocks: bool,
+    ) -> Tensor:  # fmt: skip
+        from nsa_cli.ops.triton.append import Places, append, store_blocks
+        from nsa_cli.ops.triton.decode import decode_attention
+
+        held = layer.buffers.get
+        k, v, k_cmp, v_cmp = (layer.buffers[name] for name in ("k_slc", "v_slc", "k_cmp", "v_cmp"))
+        k_win, v_win = held("k_win_ring"), held("v_win_ring")
+        places = Places(k, v, k_win, v_win, held("k_raw_ring"), held("v_raw_ring"))
+        networks = (attn.compress_k, attn.compress_v)
+        pos = None
+        if isinstance(networks[0], Positioned) and isinstance(networks[1], Positioned):
+            pos = (networks[0].pos, networks[1].pos)
+        blocks = blocks and k_cmp.shape[2] > 0
+        q, gates, raw = append(
+            projected, angles, at, places, heads=attn.heads, sets=self.sets, config=nsa, bias=attn.to_gates.bias, pos=pos,
+            blocks=blocks,
+        )  # fmt: skip
+        if blocks:
+            k_new, v_new = (network.phi(x) for network, x in zip(networks, raw, strict=True))
+            store_blocks(k_new, v_new, k_cmp, v_cmp, at, nsa, starts)
+        unturned = projected[:, : attn.heads * q.shape[-1]].view(*q.shape)
+        out, _ = decode_attention(
+            q, k, v, k_cmp, v_cmp, gates, nsa, positions=at, q_cmp=q if nsa.compress_rope == "block" else unturned, k_win=k_win,
+            v_win=v_win, scale=q.shape[-1] ** -0.5,
+        )  # fmt: skip
+        return out
+
+
+def _projections(block: Block) -> list[torch.nn.Linear]:
+    attn = block.attn
+    assert isinstance(attn, (DenseAttention, SparseAttention))
+    own = [attn.to_q, attn.to_k, attn.to_v]
+    return [*own, attn.to_gates] if isinstance(attn, SparseAttention) else own

@@ -1,0 +1,147 @@
+"""`Step`, the kernels' way to decode one token a row, against the model's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from nsa_cli.benchmark.parity import poisoned
+from nsa_cli.config import ModelConfig, NSAConfig
+from nsa_cli.model import Cache, Transformer, build_model
+from nsa_cli.model.captured import CapturedStep
+from nsa_cli.model.compress import NETWORKS
+from nsa_cli.model.step import Step, can_step
+from nsa_cli.ops.triton.decode import dense_attention
+from tests.inputs import relative_l2
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GEOMETRY: dict[str, Any] = {"compress_block": 4, "compress_stride": 2, "select_block": 8, "num_selected": 4, "window": 6}
+SHAPE: dict[str, Any] = {"vocab_size": 97, "dim": 16, "depth": 2, "heads": 4, "kv_heads": 2, "dim_head": 8, "context": 64}
+
+CASES: list[tuple[dict[str, Any] | None, dict[str, Any]]] = [
+    *(({"compress": name}, {}) for name in NETWORKS),
+    ({"branch_kv": "shared", "compress": "gated"}, {"ff": "swiglu"}),
+    ({"branch_kv": "shared", "compress": "mean", "compress_rope": "block"}, {"tie_embeddings": False}),
+    ({"compress_rope": "block"}, {"heads": 3, "kv_heads": 3, "dim_head": 12}),
+    ({"compress_block": 1, "compress_stride": 1, "select_block": 1, "window": 1}, {"kv_heads": 1}),
+    ({"compress_block": 12, "compress_stride": 4, "select_block": 24, "num_selected": 3}, {"dim_head": 20}),
+    (None, {}),
+    (None, {"heads": 6, "kv_heads": 1, "dim_head": 20, "ff": "swiglu"}),
+]
+
+
+def _models(nsa: dict[str, Any] | None, shape: dict[str, Any]) -> tuple[Transformer, Transformer]:
+    """One model for both ways: the kernels' (for `Step`) and torch's, which is the measure."""
+    geometry = None if nsa is None else NSAConfig(**{**GEOMETRY, **nsa})
+    config = ModelConfig(**{**SHAPE, **shape, "nsa": geometry})
+    torch.manual_seed(0)
+    ours = build_model(config, device=DEVICE, kernel="auto" if nsa is None else "triton").eval()
+    theirs = build_model(config, device=DEVICE, kernel="torch").eval()
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+def _filled(model: Transformer, ids: torch.Tensor, counts: list[int], capacity: int) -> Cache:
+    cache = model.make_cache(len(counts), capacity)
+    model(ids[:, : max(counts)], cache=cache, counts=counts)
+    return cache
+
+
+def _next(ids: torch.Tensor, cache: Cache) -> torch.Tensor:
+    return ids[torch.arange(len(ids)), torch.tensor(cache.host_lengths)]
+
+
+@pytest.mark.parametrize(("nsa", "shape"), CASES, ids=str)
+@torch.inference_mode()
+def test_steps_by_kernels_are_the_models_own(nsa: dict[str, Any] | None, shape: dict[str, Any]) -> None:
+    """Rows of different lengths, from before the first block to past the window, and blocks completed in some of them."""
+    ours, theirs = _models(nsa, shape)
+    ids, counts = torch.randint(97, (3, 40), device=DEVICE), [1, 3, 14]
+    want, got = (_filled(theirs, ids, counts, 22) for _ in "ab")
+    step = Step(ours)
+    step.reserve(got)
+    for place in range(8):
+        new = _next(ids, want)
+        expected = theirs(new[:, None], cache=want)[:, 0]
+        with poisoned(torch.device(DEVICE)):
+            logits = step(new, got, blocks=step.completes(got))
+        got.host_lengths = [n + 1 for n in got.host_lengths]
+        assert relative_l2(logits, expected) < 1e-5, place
+    assert got.lengths.tolist() == want.lengths.tolist() == want.host_lengths == got.host_lengths
+
+
+@pytest.mark.parametrize("nsa", [{}, {"branch_kv": "shared"}, None], ids=["independent", "shared", "dense"])
+@torch.inference_mode()
+def test_a_step_leaves_the_cache_as_the_model_does(nsa: dict[str, Any] | None) -> None:
+    ours, theirs = _models(nsa, {})
+    ids, counts = torch.randint(97, (2, 40), device=DEVICE), [9, 16]
+    want, got = (_filled(theirs, ids, counts, 40) for _ in "ab")
+    step = Step(ours)
+    for _ in range(7):
+        new = _next(ids, want)
+        theirs(new[:, None], cache=want)
+        step(new, got, blocks=True)  # as well where no row completes one
+    for mine, other in zip(got.layers, want.layers, strict=True):
+        assert mine.buffers.keys() == other.buffers.keys()
+        for name, buffer in mine.buffers.items():
+            assert torch.allclose(buffer, other.buffers[name], atol=1e-5), name
+
+
+@torch.inference_mode()
+def test_steps_beyond_the_capacity_grow_the_cache_and_leave_complete_blocks_alone() -> None:
+    """The first token beyond the old capacity completes a block."""
+    ours, theirs = _models({}, {})
+    ids = torch.randint(97, (1, 40), device=DEVICE)
+    cache = _filled(theirs, ids, [19], 19)  # l 4, d 2: token 19 is the last of block 8
+    captured = CapturedStep(Step(ours), cache)
+    got = torch.stack([captured(ids[:, t], capture=False) for t in range(19, 25)], 1)
+    assert relative_l2(got, theirs(ids[:, :25])[:, 19:]) < 1e-5
+    assert cache.host_lengths == [25]
+
+
+@pytest.mark.parametrize(("h", "g", "d", "places"), [(4, 2, 8, 40), (3, 1, 20, 300), (5, 5, 128, 130), (16, 1, 64, 1)])
+def test_dense_attention_of_one_query_reads_its_own_past_alone(h: int, g: int, d: int, places: int) -> None:
+    b = 3
+    q, k, v = torch.randn(b, h, 1, d), torch.randn(b, g, places, d), torch.randn(b, g, places, d)
+    at = torch.tensor([0, places // 2, places - 1])
+    for row in range(b):
+        k[row, :, at[row] + 1 :] = v[row, :, at[row] + 1 :] = float("nan")
+    q, k, v, at = (x.to(DEVICE) for x in (q, k, v, at))
+    with poisoned(q.device):
+        out = dense_attention(q, k, v, positions=at, scale=0.3)
+    for row in range(b):
+        keys, values = (x[row, :, : at[row] + 1].repeat_interleave(h // g, 0).double() for x in (k, v))
+        want = (q[row].double() @ keys.mT * 0.3).softmax(-1) @ values
+        assert relative_l2(out[row], want) < 2e-6
+
+
+def test_steps_by_kernels_are_for_gpus_alone() -> None:
+    assert not can_step(_models(None, {})[0].cpu())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("nsa", [{}, {"branch_kv": "shared", "compress_rope": "block"}, None], ids=str)
+@torch.inference_mode()
+def test_captured_steps_are_the_models_own_on_a_gpu(nsa: dict[str, Any] | None, dtype: torch.dtype) -> None:
+    """Both graphs, from a ragged prompt, across the room that there was."""
+    geometry = None if nsa is None else NSAConfig(**nsa)
+    config = ModelConfig(**{**SHAPE, "dim": 256, "heads": 8, "kv_heads": 2, "dim_head": 64, "context": 4096, "nsa": geometry})
+    torch.manual_seed(1)
+    model = build_model(config, device="cuda", dtype=dtype).eval()
+    assert can_step(model)
+    ids = torch.randint(97, (2, 1200), device="cuda")
+    want, got = (_filled(model, ids, [900, 1100], 1110) for _ in "ab")
+    captured = CapturedStep(Step(model), got)
+    errors = []
+    for _ in range(60):
+        new = _next(ids, want)
+        expected = model(new[:, None], cache=want)[:, 0]
+        errors.append(relative_l2(captured(new), expected))
+    assert not captured.refused
+    assert len(captured.graphs) == (1 if nsa is None else 2)
+    errors.sort()
+    assert errors[len(errors) // 2] < (1e-4 if dtype == torch.float32 else 3e-2)  # a near tie selects another block now and then
+    assert errors[-1] < (1e-4 if dtype == torch.float32 else 2e-1)
