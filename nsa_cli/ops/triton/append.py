@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_cli.config import NSAConfig
+from nsa_cli.ops.triton.overlap import follow, overlap
 
 
 @triton.jit
@@ -65,9 +66,10 @@ def append_kernel(
     p_x, p_angles, p_at, p_bias, p_q, p_gates, p_k, p_v, p_k_win, p_v_win, p_k_raw, p_v_raw, p_k_pos, p_v_pos, p_k_block,
     p_v_block, CAPACITY, stride_xb, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SETS: tl.constexpr,
     GATES: tl.constexpr, LENGTH: tl.constexpr, LP: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr,
-    BLOCKS: tl.constexpr, POSITIONED: tl.constexpr,
+    BLOCKS: tl.constexpr, POSITIONED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One head's row of a token's projections x [q | k of each set | v of each set | gates]. GATES: 3 H rounded up, 0: dense."""
+    follow(OVERLAP)
     SLOTS: tl.constexpr = H + 2 * SETS * G + (GATES > 0)
     i_b, i_slot = (tl.program_id(0) // SLOTS).to(tl.int64), tl.program_id(0) % SLOTS
     at = tl.load(p_at + i_b)
@@ -132,9 +134,10 @@ def append_kernel(
 @triton.jit(do_not_specialize=["BLOCKS"])
 def store_blocks_kernel(
     p_k_new, p_v_new, p_k_cmp, p_v_cmp, p_at, p_angles, BLOCKS, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    LENGTH: tl.constexpr, STRIDE: tl.constexpr, TURN: tl.constexpr,
+    LENGTH: tl.constexpr, STRIDE: tl.constexpr, TURN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The block that ends with the token at p_at, if one does, of one key/value head: its key (turned, or not) or its value."""
+    follow(OVERLAP)
     i_bg, is_key = (tl.program_id(0) // 2).to(tl.int64), tl.program_id(0) % 2 == 0
     start = tl.load(p_at + i_bg // G) - LENGTH + 1
     if (start >= 0) & (start % STRIDE == 0):
@@ -188,7 +191,7 @@ def append(
         H=heads, G=g, D=d, DP=triton.next_power_of_2(d), SETS=sets, GATES=0 if config is None else triton.next_power_of_2(3 * heads),
         LENGTH=length, LP=triton.next_power_of_2(length), STRIDE=1 if config is None else config.compress_stride,
         WINDOW=1 if config is None else config.window, BLOCKS=blocks, POSITIONED=pos is not None,
-        num_warps=4 if blocks else 1,
+        num_warps=4 if blocks else 1, **overlap(device),
     )  # fmt: skip
     return q, gates, (raw[0], raw[1])
 
@@ -204,5 +207,5 @@ def store_blocks(
     store_blocks_kernel[(2 * b * g,)](
         k_new.contiguous(), v_new.contiguous(), k_cmp, v_cmp, at, at if angles is None else angles, blocks, G=g, D=d,
         DP=triton.next_power_of_2(d), LENGTH=config.compress_block, STRIDE=config.compress_stride, TURN=angles is not None,
-        num_warps=1,
+        num_warps=1, **overlap(at.device),
     )  # fmt: skip

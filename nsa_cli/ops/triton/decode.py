@@ -1,7 +1,8 @@
-"""One query a sequence against its cache: four kernels, each with as many programs as the chip can hold at once.
+"""One query a sequence against its cache: five kernels, each with as many programs as the chip can hold at once.
 
     attend_split       a share of the compressed keys: partial output, and the shares' block sums for importance
-    select_blocks      merged log-sum-exp, importance and the exact choice among all blocks, a program a group
+    block_scores       merged log-sum-exp and importance of some blocks
+    select_blocks      the exact choice among all blocks, a program a group
     gather_split       a share of the selected blocks or of the window: partial output
     merge              the partials of all three branches, gated and added up
 
@@ -23,14 +24,13 @@ from torch import Tensor
 from nsa_cli.config import NSAConfig
 from nsa_cli.ops.triton.attend import load_tile
 from nsa_cli.ops.triton.launch import cores
+from nsa_cli.ops.triton.overlap import follow, overlap
 from nsa_cli.ops.triton.problem import LOG2E, Problem, padded_dim
 from nsa_cli.ops.triton.selection import top_blocks
 
 LEAST = tl.constexpr(-1e30)
 LEAST_ROWS = 16
 """Of a tile: tl.dot takes no fewer."""
-PROGRAMS_A_CORE = 2
-"""Programs of a kernel that a multiprocessor should get: more splits make more partials to merge."""
 SPLIT_BYTES = {2: 2**15, 4: 2**14}
 """Keys on chip at a time in attend_split, by the bytes of a number."""
 GATHER_BYTES = {2: 2**14, 4: 2**13}
@@ -38,12 +38,14 @@ GATHER_BYTES = {2: 2**14, 4: 2**13}
 WARPS = {2: 4, 4: 8}
 """Of the kernels with products: exact float32 ones take more registers."""
 STAGES = {2: 3, 4: 1}
-SCORES = 8192
-"""Block sums that select_blocks has in registers at a time."""
+"""Of gather_split; attend_split has one less."""
 COMPARISONS = 2**15
-"""The same of its comparisons with thresholds."""
-MERGED = 64
-"""Partials that merge has in registers at a time."""
+"""Of scores with thresholds that select_blocks has in registers at a time."""
+CORE_BYTES = 226 * 2**10
+"""On-chip memory of a multiprocessor, and what a program takes beside its tiles."""
+PROGRAM_BYTES = 8 * 2**10
+MERGE_PROGRAMS = 2
+"""Programs of merge that a multiprocessor should get."""
 
 
 @triton.jit
@@ -80,6 +82,7 @@ def attend_split(
     stride_qb, stride_qh, stride_kb, stride_kg, stride_kc, stride_vb, stride_vg, stride_vc, G: tl.constexpr, R: tl.constexpr,
     RM: tl.constexpr, D: tl.constexpr, E: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, LENGTH: tl.constexpr,
     STRIDE: tl.constexpr, RATIO: tl.constexpr, STEP: tl.constexpr, BJ: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Unnormalised o, running maximum and sum of PER tiles of one group's compressed keys.
 
@@ -89,6 +92,7 @@ def attend_split(
     """
     BN: tl.constexpr = BJ * STEP
     REACH: tl.constexpr = LENGTH // STRIDE - 1
+    follow(OVERLAP)
     i_bg, i_split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     i_b, i_g = (i_bg // G).to(tl.int64), (i_bg % G).to(tl.int64)
     count = blocks_seen(tl.load(p_at + i_b).to(tl.int32) + 1, LENGTH, STRIDE)
@@ -122,49 +126,56 @@ def attend_split(
 
 
 @triton.jit(do_not_specialize=["SPLITS", "TILES"])
-def select_blocks(
-    p_at, p_max, p_sum, p_top, p_own, p_next, p_indices, SPLITS, TILES, G: tl.constexpr, R: tl.constexpr,
-    LENGTH: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr, BLOCK: tl.constexpr, BJ: tl.constexpr, NUM: tl.constexpr,
-    NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr, PLACES: tl.constexpr, SPLITS_UP: tl.constexpr, WIDTH: tl.constexpr,
-    HEADS: tl.constexpr, WAYS: tl.constexpr,
+def block_scores(
+    p_at, p_max, p_sum, p_top, p_own, p_next, p_scores, SPLITS, TILES, G: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
+    LENGTH: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr, BLOCK: tl.constexpr, BJ: tl.constexpr,
+    SPLITS_UP: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """imp[j] = sum over a group's heads of the merged block sums; the forced blocks and the most important others.
-
-    HEADS of them at a time: their loads are under way together.
-    """
-    i_bg = tl.program_id(0)
+    """imp[j] = sum over a group's heads of the merged block sums, of the BJ blocks of one tile."""
+    follow(OVERLAP)
+    i_bg, i_tile = (tl.program_id(0) // TILES).to(tl.int64), tl.program_id(0) % TILES
     at = tl.load(p_at + i_bg // G).to(tl.int32)
-    current = at // BLOCK
-    count = blocks_seen(at + 1, LENGTH, STRIDE)
-    o_j = tl.arange(0, WIDTH)
-    m_own = (o_j <= current) & (o_j * RATIO < count)
-    o_left = o_j - 1
-    m_left = (o_left >= 0) & (o_left < current) & (o_left * RATIO < count)
-    base = i_bg.to(tl.int64) * TILES
-    o_own, o_next = (base + o_j // BJ) * R, (base + tl.maximum(o_left, 0) // BJ) * R
-    o_s = tl.arange(0, SPLITS_UP)
-    o_split = (i_bg.to(tl.int64) * SPLITS + o_s) * R
-    b_score = tl.zeros([WIDTH], tl.float32)
-    for r in tl.static_range(0, R, HEADS):
-        o_r = r + tl.arange(0, HEADS)
+    current, count = at // BLOCK, blocks_seen(at + 1, LENGTH, STRIDE)
+    o_i = tl.arange(0, BJ)
+    o_j = i_tile * BJ + o_i
+    if i_tile * BJ <= current:
+        o_r, o_s = tl.arange(0, RP), tl.arange(0, SPLITS_UP)
         m_r = (o_r < R)[:, None]
+        o_split = (i_bg * SPLITS + o_s)[None, :] * R + o_r[:, None]
         m_s = m_r & (o_s < SPLITS)[None, :]
-        b_max = tl.load(p_max + o_split[None, :] + o_r[:, None], mask=m_s, other=LEAST)
-        b_sum = tl.load(p_sum + o_split[None, :] + o_r[:, None], mask=m_s, other=0.0)
-        o_row = o_own[None, :] + o_r[:, None]
-        b_part = tl.load(p_own + o_row * BJ + (o_j % BJ)[None, :], mask=m_r & m_own[None, :], other=0.0)
-        b_top = tl.load(p_top + o_row, mask=m_r & m_own[None, :], other=LEAST)
+        b_max = tl.load(p_max + o_split, mask=m_s, other=LEAST)
+        b_sum = tl.load(p_sum + o_split, mask=m_s, other=0.0)
+        m_own = m_r & (o_j * RATIO < count)[None, :]
+        o_own = (i_bg * TILES + i_tile) * R + o_r
+        b_own = tl.load(p_own + o_own[:, None] * BJ + o_i[None, :], mask=m_own, other=0.0)
+        b_top = tl.load(p_top + o_own, mask=o_r < R, other=LEAST)
         top = tl.max(b_max, 1)
         total = tl.sum(b_sum * tl.exp2(b_max - top[:, None]), 1)
         lse = tl.where(total > 0, top + tl.log2(tl.maximum(total, 1e-30)), float("inf"))
-        b_heads = b_part * tl.exp2(b_top - lse[:, None])
+        seen = i_tile * BJ * RATIO < count  # otherwise nothing was left here
+        b_score = tl.sum(b_own * tl.where(seen, tl.exp2(b_top - lse), 0.0)[:, None], 0)
         if LENGTH > STRIDE:
-            o_row = o_next[None, :] + o_r[:, None]
-            b_part = tl.load(p_next + o_row * BJ + (tl.maximum(o_left, 0) % BJ)[None, :], mask=m_r & m_left[None, :], other=0.0)
-            b_top = tl.load(p_top + o_row, mask=m_r & m_left[None, :], other=LEAST)
-            b_heads += b_part * tl.exp2(b_top - lse[:, None])
-        b_score += tl.sum(b_heads, 0)
-    top_blocks(b_score, o_j, current, p_indices + i_bg.to(tl.int64) * NUM, NUM, NUM_INIT, NUM_LOCAL, PLACES, WAYS)
+            o_left = tl.maximum(o_j - 1, 0)
+            m_left = m_r & ((o_j > 0) & ((o_j - 1) * RATIO < count))[None, :]
+            o_next = ((i_bg * TILES + o_left // BJ) * R)[None, :] + o_r[:, None]
+            b_right = tl.load(p_next + o_next * BJ + (o_left % BJ)[None, :], mask=m_left, other=0.0)
+            b_top = tl.load(p_top + o_next, mask=m_left, other=LEAST)
+            b_score += tl.sum(b_right * tl.exp2(b_top - lse[:, None]), 0)
+        tl.store(p_scores + i_bg * TILES * BJ + o_j, b_score)
+
+
+@triton.jit(do_not_specialize=["STRIDE_SCORES"])
+def select_blocks(
+    p_at, p_scores, p_indices, STRIDE_SCORES, G: tl.constexpr, BLOCK: tl.constexpr, NUM: tl.constexpr, NUM_INIT: tl.constexpr,
+    NUM_LOCAL: tl.constexpr, PLACES: tl.constexpr, WIDTH: tl.constexpr, WAYS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """The forced blocks and the most important others of one group."""
+    follow(OVERLAP)
+    i_bg = tl.program_id(0).to(tl.int64)
+    current = tl.load(p_at + i_bg // G).to(tl.int32) // BLOCK
+    o_j = tl.arange(0, WIDTH)
+    b_score = tl.load(p_scores + i_bg * STRIDE_SCORES + o_j, mask=o_j <= current, other=0.0)
+    top_blocks(b_score, o_j, current, p_indices + i_bg * NUM, NUM, NUM_INIT, NUM_LOCAL, PLACES, WAYS)
 
 
 @triton.jit(do_not_specialize=["PARTS", "PER_SELECTED", "PER_WINDOW", "SELECTED_PARTS"])
@@ -173,7 +184,7 @@ def gather_split(
     stride_qb, stride_qh, stride_kb, stride_kg, stride_ks, stride_vb, stride_vg, stride_vs, stride_wkb, stride_wkg, stride_wks,
     stride_wvb, stride_wvg, stride_wvs, G: tl.constexpr, R: tl.constexpr, RM: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, NUM: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr,
-    BN: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Unnormalised o, maximum and sum of some tiles of one group: of the selected blocks, or of the window (a ring, or not).
 
@@ -182,6 +193,7 @@ def gather_split(
     """
     SELECTED_TILES: tl.constexpr = (NUM * BLOCK + BN - 1) // BN
     WINDOW_TILES: tl.constexpr = (WINDOW + BN - 1) // BN
+    follow(OVERLAP)
     i_bg, i_part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     i_b, i_g = (i_bg // G).to(tl.int64), (i_bg % G).to(tl.int64)
     length = tl.load(p_at + i_b).to(tl.int32) + 1
@@ -235,9 +247,9 @@ def merge_parts(p_o, p_max, p_sum, first, parts, i_r, o_e, R: tl.constexpr, E: t
         for i in range(0, parts, STEP):
             o_i = i + tl.arange(0, STEP)
             o_part = (first + o_i) * R + i_r
-            b_weight = tl.exp2(tl.load(p_max + o_part, mask=o_i < parts, other=LEAST) - top)
-            m_part = (o_i < parts)[:, None] & (o_e < E)[None, :]
-            b_o += tl.sum(tl.load(p_o + o_part[:, None] * E + o_e[None, :], mask=m_part, other=0.0) * b_weight[:, None], 0)
+            b_share = tl.exp2(tl.load(p_max + o_part, mask=o_i < parts, other=LEAST) - top)
+            m_share = (o_i < parts)[:, None] & (o_e < E)[None, :]
+            b_o += tl.sum(tl.load(p_o + o_part[:, None] * E + o_e[None, :], mask=m_share, other=0.0) * b_share[:, None], 0)
     return b_o / tl.where(total > 0, total, 1.0)
 
 
@@ -246,8 +258,10 @@ def merge(
     p_cmp, p_cmp_max, p_cmp_sum, p_o, p_max, p_sum, p_gates, p_out, SPLITS, PARTS, SELECTED_PARTS, stride_gb, stride_gh,
     stride_gr, H: tl.constexpr, R: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, SPLITS_UP: tl.constexpr,
     SELECTED_UP: tl.constexpr, WINDOW_UP: tl.constexpr, BRANCHES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """o = g_cmp o_cmp + g_slc o_slc + g_win o_win, BE channels of one head; o_cmp alone if BRANCHES is 1."""
+    follow(OVERLAP)
     i_bh = tl.program_id(0).to(tl.int64)
     i_bg, i_r = i_bh // R, i_bh % R
     o_e = tl.program_id(1) * BE + tl.arange(0, BE)
@@ -276,45 +290,48 @@ def decode_attention(
     ratio = block // config.compress_stride
     step = triton.next_power_of_2(ratio)
     bj = max(1, min(128, SPLIT_BYTES[size] // widest) // step)
-    blocks = config.num_select_blocks(k.shape[2])
-    tiles = triton.cdiv(blocks, bj)
-    splits, per = _share(tiles, groups, device)
-    top, own, right = _floats(device, (groups, tiles, r), *((groups, tiles, r, bj),) * 2)
+    tiles = triton.cdiv(config.num_select_blocks(k.shape[2]), bj)
+    splits, per = _share(tiles, groups, 1 if size == 2 else 0, 2 * bj * step * widest, device)
     heads = {"G": g, "R": r, "RM": max(LEAST_ROWS, p.rp), "D": d, "E": e, "DK": p.dk, "DV": p.dv, "PRECISION": p.precision}
     shape = {"LENGTH": config.compress_block, "STRIDE": config.compress_stride, "RATIO": ratio}
+    late = overlap(device)
     if k_cmp.shape[2] == 0:  # no block fits into this cache: any address will do, none is read
         k_cmp, v_cmp = k, v
+    top, own, right = _floats(device, (groups, tiles, r), *((groups, tiles, r, bj),) * 2)
     o_cmp, cmp_max, cmp_sum = _floats(device, (groups, splits, r, e), *((groups, splits, r),) * 2)
     attend_split[(groups * splits,)](
         q_cmp, k_cmp, v_cmp, positions, o_cmp, cmp_max, cmp_sum, top, own, right, splits, per, tiles, p.scale_log2,
         *q_cmp.stride()[:2], *k_cmp.stride()[:3], *v_cmp.stride()[:3], **heads, **shape, STEP=step, BJ=bj, SUMS=True,
-        num_warps=WARPS[size], num_stages=2 if size == 2 else 1,
+        num_warps=WARPS[size], num_stages=2 if size == 2 else 1, **late,
+    )  # fmt: skip
+    (scores,) = _floats(device, (groups, tiles, bj))
+    splits_up = triton.next_power_of_2(splits)
+    block_scores[(groups * tiles,)](
+        positions, cmp_max, cmp_sum, top, own, right, scores, splits, tiles, G=g, R=r, RP=p.rp, **shape, BLOCK=block, BJ=bj,
+        SPLITS_UP=splits_up, num_warps=4, **late,
     )  # fmt: skip
     indices = torch.empty(b, g, 1, config.num_selected, dtype=torch.int32, device=device)
-    width, splits_up = max(16, triton.next_power_of_2(blocks)), triton.next_power_of_2(splits)
+    width = max(16, triton.next_power_of_2(tiles * bj))
     select_blocks[(groups,)](
-        positions, cmp_max, cmp_sum, top, own, right, indices, splits, tiles, G=g, R=r, **shape, BLOCK=block, BJ=bj,
-        NUM=config.num_selected, NUM_INIT=config.num_init, NUM_LOCAL=config.num_local,
-        PLACES=triton.next_power_of_2(config.num_selected), SPLITS_UP=splits_up, WIDTH=width,
-        HEADS=max(1, min(p.rp, SCORES // width)), WAYS=max(1, min(16, COMPARISONS // width)),
-        num_warps=max(1, min(16, width // 64)),
+        positions, scores, indices, tiles * bj, G=g, BLOCK=block, NUM=config.num_selected, NUM_INIT=config.num_init,
+        NUM_LOCAL=config.num_local, PLACES=triton.next_power_of_2(config.num_selected), WIDTH=width,
+        WAYS=max(1, min(16, COMPARISONS // width)), num_warps=max(1, min(16, width // 128)), **late,
     )  # fmt: skip
     ring = k_win is not None and v_win is not None
     keys, values = (k_win, v_win) if k_win is not None and v_win is not None else (k, v)
     bn = max(16, min(64, GATHER_BYTES[size] // widest))
-    while bn > 32 and groups * triton.cdiv(config.num_selected * block, bn) < PROGRAMS_A_CORE * cores(device):
+    while bn > 32 and groups * triton.cdiv(config.num_selected * block, bn) < 2 * cores(device):
         bn //= 2
     selected, window = (triton.cdiv(tokens, bn) for tokens in (config.num_selected * block, config.window))
-    per_tile = triton.cdiv((selected + window) * groups, PROGRAMS_A_CORE * cores(device))
-    (selected, per_selected), (window, per_window) = (
-        (triton.cdiv(count, share), share) for count in (selected, window) for share in (min(per_tile, count),)
-    )
+    _, most = _share(selected + window, groups, STAGES[size] - 1, 2 * bn * widest, device)
+    selected, per_selected = _even(selected, most)
+    window, per_window = _even(window, most)
     o, top, total = _floats(device, (groups, selected + window, r, e), *((groups, selected + window, r),) * 2)
     gather_split[(groups * (selected + window),)](
         q, k, v, keys, values, indices, positions, o, top, total, selected + window, selected, per_selected, per_window,
         p.scale_log2, *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *keys.stride()[:3], *values.stride()[:3], **heads,
         BLOCK=block, NUM=config.num_selected, WINDOW=config.window, RING=ring, BN=bn, num_warps=WARPS[size],
-        num_stages=STAGES[size],
+        num_stages=STAGES[size], **late,
     )  # fmt: skip
     out = torch.empty(b, h, 1, e, dtype=q.dtype, device=device)
     be = _channels(b * h, p.dv, device)
@@ -322,6 +339,7 @@ def decode_attention(
         o_cmp, cmp_max, cmp_sum, o, top, total, gates, out, splits, selected + window, selected, gates.stride(0),
         gates.stride(1), gates.stride(3), H=h, R=r, E=e, BE=be, SPLITS_UP=splits_up,
         SELECTED_UP=triton.next_power_of_2(selected), WINDOW_UP=triton.next_power_of_2(window), BRANCHES=3, num_warps=4,
+        **late,
     )  # fmt: skip
     return out, indices
 
@@ -330,35 +348,45 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, positions: Tensor, scale
     """softmax(q k^T scale) v of one query a sequence, q [b, h, 1, d], over the tokens up to positions, int64 [b], of the cache
     k, v [b, g, s, d]: out [b, h, 1, d]."""
     (b, h, _, d), (g, places, e), device, size = q.shape, v.shape[1:], q.device, q.element_size()
-    r, dk, dv = h // g, padded_dim(d), padded_dim(e)
+    r, dk, dv, late = h // g, padded_dim(d), padded_dim(e), overlap(q.device)
     bn = max(16, min(128, SPLIT_BYTES[size] // (max(dk, dv) * size)))
     tiles = triton.cdiv(places, bn)
-    splits, per = _share(tiles, b * g, device)
+    splits, per = _share(tiles, b * g, 1 if size == 2 else 0, bn * (dk + dv) * size, device)
     o, top, total = _floats(device, (b * g, splits, r, e), *((b * g, splits, r),) * 2)
     attend_split[(b * g * splits,)](
         q, k, v, positions, o, top, total, top, top, top, splits, per, tiles, scale * LOG2E, *q.stride()[:2], *k.stride()[:3],
         *v.stride()[:3], G=g, R=r, RM=max(LEAST_ROWS, triton.next_power_of_2(r)), D=d, E=e, DK=dk, DV=dv,
         PRECISION="ieee" if size == 4 else "tf32", LENGTH=1, STRIDE=1, RATIO=bn, STEP=bn, BJ=1, SUMS=False,
-        num_warps=WARPS[size], num_stages=2 if size == 2 else 1,
+        num_warps=WARPS[size], num_stages=2 if size == 2 else 1, **late,
     )  # fmt: skip
     out = torch.empty(b, h, 1, e, dtype=q.dtype, device=device)
     be = _channels(b * h, dv, device)
     merge[(b * h, triton.cdiv(e, be))](
         o, top, total, o, top, total, q, out, splits, splits, splits, 0, 0, 0, H=h, R=r, E=e, BE=be,
-        SPLITS_UP=triton.next_power_of_2(splits), SELECTED_UP=1, WINDOW_UP=1, BRANCHES=1, num_warps=4,
+        SPLITS_UP=triton.next_power_of_2(splits), SELECTED_UP=1, WINDOW_UP=1, BRANCHES=1, num_warps=4, **late,
     )  # fmt: skip
     return out
 
 
-def _share(tiles: int, groups: int, device: torch.device) -> tuple[int, int]:
-    """Into how many programs a group's tiles go, and how many tiles each of them has."""
-    per = triton.cdiv(tiles, max(1, min(tiles, triton.cdiv(PROGRAMS_A_CORE * cores(device), groups))))
+def _share(tiles: int, groups: int, buffers: int, tile: int, device: torch.device) -> tuple[int, int]:
+    """Into how many programs a group's tiles go, so that all are on the chip at once, and how many tiles each of them has.
+
+    buffers: tiles of `tile` bytes that a program has on chip.
+    """
+    programs = max(1, min(8, CORE_BYTES // (buffers * tile + PROGRAM_BYTES))) * cores(device)
+    return _even(tiles, triton.cdiv(tiles, max(1, min(tiles, programs // groups))))
+
+
+def _even(tiles: int, most: int) -> tuple[int, int]:
+    """As few parts of at most `most` tiles as there need be, and the tiles of each."""
+    parts = triton.cdiv(tiles, most)
+    per = triton.cdiv(tiles, parts)
     return triton.cdiv(tiles, per), per
 
 
 def _channels(heads: int, dim: int, device: torch.device) -> int:
     """Channels of a program of merge: all, or fewer where there are few heads."""
-    return dim if heads >= PROGRAMS_A_CORE * cores(device) else min(dim, 32)
+    return dim if heads >= MERGE_PROGRAMS * cores(device) else min(dim, 32)
 
 
 def _floats(device: torch.device, *shapes: tuple[int, ...]) -> list[Tensor]:
