@@ -47,7 +47,7 @@ def reported(line: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 
 
 def numbers(line: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in line.items() if key not in ("tokens_per_s", "elapsed_s")}
+    return {key: value for key, value in line.items() if key not in ("tokens_per_s", "mfu", "elapsed_s")}
 
 
 def first_lines(path: str) -> list[dict[str, Any]]:

@@ -71,7 +71,7 @@ def steps(folder: Path, name: str = "ckpt") -> list[dict[str, Any]]:
 
 def curve(folder: Path, name: str = "ckpt") -> list[dict[str, Any]]:
     """The step lines without what a clock decides."""
-    return [{k: v for k, v in line.items() if k not in ("tokens_per_s", "elapsed_s")} for line in steps(folder, name)]
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_s", "mfu", "elapsed_s")} for line in steps(folder, name)]
 
 
 def weights(folder: Path, name: str = "ckpt") -> dict[str, Tensor]:

@@ -121,8 +121,7 @@ def _one_step(run: _Run) -> dict[str, Any]:
         if run.device.type == "cuda":
             torch.cuda.synchronize(run.device)
         seconds = time.perf_counter() - begin
-    tokens_per_s = round(run.config.batch_tokens / seconds, 1)
-    return {**line, "tokens_per_s": tokens_per_s, "elapsed_s": round(seconds, 4)}
+    return {**line, **run.speed(run.config.batch_tokens / seconds), "elapsed_s": round(seconds, 4)}
 
 
 def _weights(model: Transformer) -> int:

@@ -22,6 +22,7 @@ from torch import Tensor
 from nsa_cli.config import ModelConfig, TrainConfig
 from nsa_cli.data import Corpus
 from nsa_cli.model import Transformer, build_model
+from nsa_cli.model.peaks import peak_flops
 from nsa_cli.ops.dispatch import resolve_kernel
 from nsa_cli.training.batches import Batch, BatchPlan, plan_batches, refuse_packing, training_batches, validation_batches
 from nsa_cli.training.convert import begin_from, told
@@ -31,7 +32,15 @@ from nsa_cli.training.distributed import Team
 from nsa_cli.training.divergence import name_batch
 from nsa_cli.training.graphs import CapturedGradients, refuse_cuda_graph
 from nsa_cli.training.health import selection_health
-from nsa_cli.training.metrics import Clock, MetricsLog, bits_per_byte, finite, header_record, machine_record
+from nsa_cli.training.metrics import (
+    Clock,
+    MetricsLog,
+    bits_per_byte,
+    finite,
+    header_record,
+    machine_record,
+    model_flops_utilisation,
+)
 from nsa_cli.training.optim import Diverged, FiniteGuard, clipped_update, make_optimizer
 from nsa_cli.training.resume import check_continues, read_run, refuse_start
 from nsa_cli.training.run import Reporter, RunPaths, SilentReporter, TrainResult
@@ -222,6 +231,8 @@ class _Run:
             self.objective = DistillingLoss(self.forward, teacher, self.config.distill_weight)
         self.parts = () if teacher is None else (2,)
         self.dtype = dtype
+        peak = peak_flops(self.device, dtype)
+        self.peak = None if peak is None else peak * team.world  # devices of one kind
         self.captured: CapturedGradients | None = None
         if self.config.cuda_graph:
             self.captured = CapturedGradients(self.objective, self.model.parameters(), self.autocast)
@@ -373,7 +384,7 @@ class _Run:
             "lr": lr,
             "grad_norm": float(norm.item()),
             "skipped": skipped,
-            "tokens_per_s": round(self.clock.tokens_per_s(), 1),
+            **self.speed(self.clock.tokens_per_s()),
             "elapsed_s": round(self.clock.elapsed_s, 3),
         }
         if distilled:
@@ -381,6 +392,11 @@ class _Run:
         if self.model.config.nsa is not None:
             line["gates"] = self.model.gate_means()
         return line
+
+    def speed(self, tokens_per_s: float) -> dict[str, float | None]:
+        """tokens_per_s and mfu as a metrics line has them."""
+        mfu = model_flops_utilisation(self.model.config, tokens_per_s, self.peak)
+        return {"tokens_per_s": round(tokens_per_s, 1), "mfu": None if mfu is None else round(mfu, 4)}
 
     def finish_step(self, line: dict[str, Any] | None, interruption: Interruption) -> None:
         """Validation and sample if the step's line waits for them, the line, a save if one is due.
