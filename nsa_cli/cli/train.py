@@ -15,7 +15,7 @@ from nsa_cli.cli import options
 from nsa_cli.cli.resolve import Resolved, load
 from nsa_cli.cli.start import begins_from, refuse_weight_alone, take_shape
 from nsa_cli.config import PRESETS, ModelConfig, NSAConfig, TrainConfig
-from nsa_cli.errors import ExitCode, NsaError
+from nsa_cli.errors import ExitCode, NsaError, tells_errors
 
 if TYPE_CHECKING:
     from nsa_cli.cli.machine import Machine
@@ -109,7 +109,13 @@ def train(
     Beside ckpt.safetensors stand ckpt.best.safetensors (best on the held-out tail), ckpt.state.safetensors (all that
     --resume needs) and ckpt.metrics.jsonl. Ctrl-C saves the state and ends with 130.
     """
-    return run(data, load(ctx))
+    try:
+        settings = load(ctx)
+    except NsaError as error:
+        if tells_errors():
+            raise
+        raise typer.Exit(error.exit_code) from error
+    return run(data, settings)
 
 
 def run(data: list[str], settings: Resolved) -> int:
