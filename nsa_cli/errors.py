@@ -5,6 +5,7 @@ Standard library only: every room of the house may import this one.
 
 from __future__ import annotations
 
+import os
 from enum import IntEnum
 
 
@@ -35,3 +36,8 @@ class NsaError(Exception):
         self.message = message
         self.hint = hint
         self.exit_code = int(exit_code)
+
+
+def tells_errors() -> bool:
+    """Whether this process tells what all that torchrun started find by themselves: RANK is 0, or not set."""
+    return os.environ.get("RANK", "") in ("", "0")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import nsa_cli.training.loop as loop
+import nsa_cli.training.prepare as prepare
 from nsa_cli.checkpoint import load_state
 from nsa_cli.config import TrainConfig
 from nsa_cli.data import Corpus, step_draws, window_starts
@@ -32,7 +32,7 @@ def poisoned(corpus: Corpus, place: int) -> Corpus:
 
 def poison_losses(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss of every batch that reads or predicts the poisoned token is not a number."""
-    build = loop.build_model
+    build = prepare.build_model
 
     def hooked(*args: Any, **options: Any) -> Any:
         model = build(*args, **options)
@@ -43,7 +43,7 @@ def poison_losses(monkeypatch: pytest.MonkeyPatch) -> None:
         model.register_forward_hook(hook)
         return model
 
-    monkeypatch.setattr(loop, "build_model", hooked)
+    monkeypatch.setattr(prepare, "build_model", hooked)
 
 
 def starts_at(step: int, tokens: int) -> list[int]:
@@ -95,14 +95,14 @@ def test_the_files_keep_the_weights_from_before_the_first_bad_step(tmp_path: Pat
 
 
 def test_a_bad_gradient_under_a_good_loss_is_skipped_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    build = loop.build_model
+    build = prepare.build_model
 
     def hooked(*args: Any, **options: Any) -> Any:
         model = build(*args, **options)
         model.norm.weight.register_hook(lambda gradient: gradient * math.nan)
         return model
 
-    monkeypatch.setattr(loop, "build_model", hooked)
+    monkeypatch.setattr(prepare, "build_model", hooked)
     error = diverged(tmp_path, text_corpus(tmp_path), max_skipped=2)
     assert "steps 1 to 2" in error.message
     logged = [record for record in records(tmp_path) if "step" in record]

@@ -215,3 +215,33 @@ def test_a_wrong_command_line_is_told_by_the_first_of_torchruns_processes(
         monkeypatch.setenv(name, value)
     assert command(["train", "data.txt", "--stepz", "3"]) == ExitCode.USAGE
     assert ("--stepz" in capsys.readouterr().err) == told
+
+
+@pytest.mark.parametrize("rank", ["0", "1", "2"])
+def test_what_is_refused_before_the_processes_can_speak_is_told_by_the_first(
+    tmp_path: Path, monkeypatch: Any, capsys: Any, rank: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("data.txt").write_text(text(2000))
+    Path("run.toml").write_text("[train]\nstepz = 3\n")
+    for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", "3")):
+        monkeypatch.setenv(name, value)
+    for flags, code, message in (
+        ("--context-parallel 2", ExitCode.USAGE, "--context-parallel 2: must divide the processes, of which there are 3"),
+        ("--config run.toml", ExitCode.BAD_INPUT, "stepz"),
+        ("", ExitCode.UNAVAILABLE, "WORLD_SIZE=3 without MASTER_ADDR"),
+    ):
+        assert command(["train", "data.txt", *flags.split()]) == code
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert message in captured.err if rank == "0" else captured.err == ""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    assert command(["train", "data.txt", "--device", "cuda:1"]) == ExitCode.USAGE
+    assert bool(capsys.readouterr().err) == (rank == "0")
+    # One GPU for three processes: the first that has none says so, which is not the first of all.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    if rank != "0":
+        assert command(["train", "data.txt", "--device", "cuda"]) == ExitCode.UNAVAILABLE
+        assert ("process 1 of this machine finds 1 CUDA GPU" in capsys.readouterr().err) == (rank == "1")

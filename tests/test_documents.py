@@ -285,3 +285,27 @@ def test_a_resumption_with_no_pack_of_a_packed_run_is_refused(
     assert "--pack was true, is false" in capsys.readouterr().err
     assert command(["train", "text.jsonl", "--resume", "ckpt.safetensors", "-q"]) == 0
 
+
+
+def test_a_dense_pass_over_packed_documents_asks_the_device_once_for_their_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU every question is a wait of the host; all layers have the pass's answer."""
+    read, asked = torch.Tensor.tolist, []
+
+    def counted(tensor: torch.Tensor) -> Any:
+        asked.append(tensor)
+        return read(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", counted)
+    ids = torch.randint(0, 256, (1, 24))
+    build_model(model_config(depth=3))(ids, ids, torch.tensor([0, 3, 3, 17, 24], dtype=torch.int32))
+    assert len(asked) == 1
+
+
+def test_positions_and_blocks_count_anew_in_every_packed_document() -> None:
+    model = build_model(model_config(True))  # blocks of 4 tokens, one every 2
+    geometry = model._geometry(torch.zeros(1, 24, dtype=torch.int64), torch.tensor([0, 3, 3, 17, 24]).int(), None, None)
+    assert geometry.positions.tolist() == [*range(3), *range(14), *range(7)]
+    assert geometry.block_starts is not None
+    assert geometry.block_positions is not None
+    assert geometry.block_starts.tolist() == [3, 5, 7, 9, 11, 13, 17, 19]
+    assert geometry.block_positions.tolist() == [0, 2, 4, 6, 8, 10, 0, 2]

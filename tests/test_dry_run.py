@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nsa_cli.cli.app import run
 from nsa_cli.config import ModelConfig, NSAConfig
 from nsa_cli.errors import ExitCode
 from nsa_cli.model.accounting import model_flops_per_token, parameters_by_part
-from nsa_cli.training import RunPaths, dry_run, dryrun, loop
+from nsa_cli.training import RunPaths, dry_run, train
 from tests.command_line import text
-from tests.training_runs import CONTEXT, hook_losses, model_config, text_corpus, train_config
+from tests.training_runs import CONTEXT, hook_losses, model_config, records, text_corpus, train_config
+from tests.training_runs import run as train_run
 
 SMALL = "--dim 16 --depth 1 --heads 2 --kv-heads 1 --seq-len 16 --batch-tokens 64 --device cpu"
 
@@ -47,7 +49,7 @@ def reported(line: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 
 
 def numbers(line: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in line.items() if key not in ("tokens_per_s", "elapsed_s")}
+    return {key: value for key, value in line.items() if key not in ("tokens_per_s", "mfu", "elapsed_s")}
 
 
 def first_lines(path: str) -> list[dict[str, Any]]:
@@ -161,6 +163,26 @@ def test_a_step_whose_loss_is_not_finite_is_shown_as_that(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hook_losses(monkeypatch, lambda call, training, loss: loss * math.nan)
-    monkeypatch.setattr(dryrun, "build_model", loop.build_model)
     assert run(f"train data.txt {SMALL} --dry-run".split()) == 0
     assert "step 1  loss not finite, gradient norm not finite" in capsys.readouterr().out
+
+
+def test_a_trial_is_refused_and_told_what_the_run_is(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = f"train data.txt {SMALL} --eval-every 0 --warmup 100 --steps 2"
+    assert run([*line.split(), "--dry-run"]) == 0
+    notice = "nsa: warm-up shortened from 100 to 1 steps, half of --steps 2"
+    assert notice in capsys.readouterr().err
+    assert run(line.split()) == 0
+    assert notice in capsys.readouterr().err
+
+
+def test_a_trial_has_the_runs_header_and_refuses_its_arguments(tmp_path: Path) -> None:
+    corpus, paths = text_corpus(tmp_path), RunPaths.beside(tmp_path / "ckpt.safetensors")
+    report = dry_run(model_config(), train_config(steps=1, eval_every=0), corpus, paths=paths)
+    train_run(tmp_path, corpus, config={"steps": 1, "eval_every": 0})
+    header = {key: value for key, value in records(tmp_path)[0].items() if key != "event"}
+    assert {key: report[key] for key in header if key != "notices"} == {k: v for k, v in header.items() if k != "notices"}
+    for wrong in ({"dtype": torch.float16}, {"no_such": 1}):
+        for begin in (dry_run, train):
+            with pytest.raises((ValueError, TypeError), match=r"float16|no_such"):
+                begin(model_config(), train_config(), corpus, paths=RunPaths.beside(tmp_path / "other"), **wrong)  # type: ignore[operator]

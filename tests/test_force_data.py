@@ -7,9 +7,14 @@ from pathlib import Path
 import pytest
 
 from nsa_cli.checkpoint import load_state, save_state
+from nsa_cli.data import ByteTokenizer, Corpus, load_corpus
 from nsa_cli.errors import NsaError
 from tests.test_resume import ckpt, interrupted_run
-from tests.training_runs import Told, records, run, same_tensors, text_corpus, weights
+from tests.training_runs import CONTEXT, Told, records, run, same_tensors, text_corpus, weights
+
+
+def load(*sources: str) -> Corpus:
+    return load_corpus(sources, ByteTokenizer(), val_fraction=0.1, context=CONTEXT)
 
 
 def test_a_refusal_says_what_the_data_was_and_is_and_names_the_way_on(tmp_path: Path) -> None:
@@ -76,3 +81,29 @@ def test_a_state_that_says_nothing_of_its_data_is_resumed_all_the_same(tmp_path:
     with pytest.raises(NsaError, match="the data was another, is 2,800 tokens"):
         run(tmp_path, text_corpus(tmp_path, "another text. "), resume=ckpt(tmp_path))
     assert run(tmp_path, corpus, resume=ckpt(tmp_path)).status == "finished"
+
+
+def test_a_changed_task_is_named_with_all_of_its_parameters_and_an_unchanged_one_goes_on(tmp_path: Path) -> None:
+    interrupted_run(tmp_path, load("synthetic:mqar,pairs=4"))
+    was = f"the data was synthetic:mqar,pairs=4,power=0.01,length={CONTEXT}"
+    for other, now in (
+        ("synthetic:mqar,pairs=5", f"synthetic:mqar,pairs=5,power=0.01,length={CONTEXT}"),
+        ("synthetic:mqar,pairs=4,length=20", "synthetic:mqar,pairs=4,power=0.01,length=20"),
+        ("synthetic:copying,tokens=4", f"synthetic:copying,tokens=4,symbols=16,length={CONTEXT}"),
+    ):
+        with pytest.raises(NsaError) as caught:
+            run(tmp_path, load(other), resume=ckpt(tmp_path))
+        assert f"{was}, is {now} (fingerprints " in caught.value.message
+    again = load(f"synthetic:mqar?power=1e-2&length={CONTEXT}&pairs=4")
+    assert run(tmp_path, again, resume=ckpt(tmp_path)).status == "finished"
+
+
+def test_changed_weights_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("a fox and a dog. " * 100)
+    interrupted_run(tmp_path, load(f"{file}@0.5", "synthetic:mqar,pairs=4@0.5"))
+    task = f"synthetic:mqar,pairs=4,power=0.01,length={CONTEXT}"
+    with pytest.raises(NsaError) as caught:
+        run(tmp_path, load(f"{file}@0.5", "synthetic:mqar,pairs=4@0.25"), resume=ckpt(tmp_path))
+    assert f"the data was {file}@0.5 {task}@0.5, is {file}@0.5 {task}@0.25 (fingerprints " in caught.value.message
+    assert run(tmp_path, load(f"{file}@0.5", "synthetic:mqar,pairs=4@0.5"), resume=ckpt(tmp_path)).status == "finished"

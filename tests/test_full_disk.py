@@ -20,7 +20,7 @@ from nsa_cli.checkpoint import load_state, read_info
 from nsa_cli.cli.app import run as nsa
 from nsa_cli.data import Corpus
 from nsa_cli.errors import ExitCode, NsaError
-from nsa_cli.training import loop
+from nsa_cli.training import prepare
 from tests.command_line import text
 from tests.test_resume import assert_same_run, ckpt
 from tests.training_runs import CONTEXT, Told, hook_losses, run, text_corpus
@@ -191,7 +191,7 @@ def test_a_model_too_large_for_the_memory_is_one_line_that_says_what_to_lower(
     def too_large(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you ...")
 
-    monkeypatch.setattr(loop, "build_model", too_large)
+    monkeypatch.setattr(prepare, "build_model", too_large)
     assert nsa(f"train data.txt {SMALL} -q".split()) == ExitCode.FAILURE
     error, hint = capsys.readouterr().err.splitlines()
     assert error.startswith("nsa: error: out of memory: ")

@@ -203,6 +203,12 @@ def test_a_query_string_says_the_same() -> None:
     assert source("mqar,pairs=3", 32).fingerprint != source("mqar,pairs=3", 33).fingerprint
 
 
+@pytest.mark.parametrize("spec", ["passkey,digits=3", "mqar,pairs=3,power=0.5", "copying,tokens=2,length=10"])
+def test_what_is_spelled_out_makes_the_same_task(spec: str) -> None:
+    made = source(spec, 128)
+    assert make_synthetic(made.spelled_out, ByteTokenizer(), context=128).fingerprint == made.fingerprint
+
+
 def load(*sources: str, **options: Any) -> Corpus:
     settings: dict[str, Any] = {"val_fraction": 0.2, "context": CONTEXT, **options}
     return load_corpus(sources, ByteTokenizer(), **settings)

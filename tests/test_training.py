@@ -47,7 +47,7 @@ def test_the_loss_goes_down_on_text_that_can_be_learned(tmp_path: Path, sparse: 
 @BOTH
 def test_a_step_line_has_its_keys_and_sparse_models_their_gates(tmp_path: Path, sparse: bool) -> None:
     run(tmp_path, text_corpus(tmp_path), sparse=sparse)
-    keys = {"step", "loss", "bits_per_byte", "lr", "grad_norm", "skipped", "tokens_per_s", "elapsed_s"}
+    keys = {"step", "loss", "bits_per_byte", "lr", "grad_norm", "skipped", "tokens_per_s", "mfu", "elapsed_s"}
     keys |= {"gates"} if sparse else set()
     for line in steps(tmp_path):
         validated = {"val_loss", "val_bits_per_byte"} if line["step"] in (5, 10, 12) else set()

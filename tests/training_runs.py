@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-import nsa_cli.training.loop as loop
+import nsa_cli.training.prepare as prepare
 from nsa_cli.config import ModelConfig, NSAConfig, TrainConfig
 from nsa_cli.data import ByteTokenizer, Corpus, load_corpus
 from nsa_cli.training import RunPaths, TrainResult, train
@@ -71,7 +71,7 @@ def steps(folder: Path, name: str = "ckpt") -> list[dict[str, Any]]:
 
 def curve(folder: Path, name: str = "ckpt") -> list[dict[str, Any]]:
     """The step lines without what a clock decides."""
-    return [{k: v for k, v in line.items() if k not in ("tokens_per_s", "elapsed_s")} for line in steps(folder, name)]
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_s", "mfu", "elapsed_s")} for line in steps(folder, name)]
 
 
 def weights(folder: Path, name: str = "ckpt") -> dict[str, Tensor]:
@@ -84,7 +84,7 @@ def same_tensors(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 
 def hook_losses(monkeypatch: Any, change: Callable[[int, bool, Tensor], Tensor | None]) -> None:
     """Every loss of models built from now on goes through change(call, training, loss); calls count from 1."""
-    build = loop.build_model
+    build = prepare.build_model
     calls = {True: 0, False: 0}
 
     def hooked(*args: Any, **kwargs: Any) -> Any:
@@ -99,7 +99,7 @@ def hook_losses(monkeypatch: Any, change: Callable[[int, bool, Tensor], Tensor |
         model.register_forward_hook(hook)
         return model
 
-    monkeypatch.setattr(loop, "build_model", hooked)
+    monkeypatch.setattr(prepare, "build_model", hooked)
 
 
 class Told:

@@ -20,7 +20,7 @@ from nsa_cli.cli.options import PaperCommand
 from nsa_cli.cli.resolve import flag_message, settings_of
 from nsa_cli.cli.sample import sample
 from nsa_cli.cli.train import train
-from nsa_cli.errors import ExitCode, NsaError
+from nsa_cli.errors import ExitCode, NsaError, tells_errors
 
 
 class _FrontPage(TyperGroup):
@@ -110,7 +110,7 @@ def _tell(error: Exception, arguments: Sequence[str], *, verbose: bool) -> int:
     from nsa_cli.cli import output
 
     message, hint, code = explain(error, arguments)
-    if hasattr(error, "format_message") and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK") != "0":
+    if hasattr(error, "format_message") and "TORCHELASTIC_RUN_ID" in os.environ and not tells_errors():
         return code  # torchrun's processes have one command line, and the first tells what is wrong with it
     # Where stderr is gone too, the exit code is all that can be said.
     with contextlib.suppress(OSError):

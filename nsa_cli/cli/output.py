@@ -169,12 +169,12 @@ class TrainingReporter:
             self._bar = _training_bar(self._messages.console)
             self._task = self._bar.add_task("", total=steps, loss="", speed="", completed=step)
             self._bar.start()
-        loss, speed = line.get("loss"), line.get("tokens_per_s")
+        loss = line.get("loss")
         self._bar.update(
             self._task,
             completed=step,
             loss="" if loss is None else f"loss {loss:.4f}",
-            speed="" if speed is None else f"{speed:,.0f} tok/s",
+            speed=_speed(line),
         )
 
     def notice(self, text: str) -> None:
@@ -202,12 +202,18 @@ class TrainingReporter:
         for name, key, form in _LINE_PARTS:
             if line.get(key) is not None:
                 parts.append(f"{name} {line[key]:{form}}")
-        if line.get("tokens_per_s"):
-            parts.append(f"{line['tokens_per_s']:,.0f} tok/s")
+        if speed := _speed(line):
+            parts.append(speed)
         if self._begun and self._steps and step > self._begun[0]:
             each_s = (time.monotonic() - self._begun[1]) / (step - self._begun[0])
             parts.append(f"ETA {seconds_text(each_s * (self._steps - step))}")
         return "  ".join(parts)
+
+
+def _speed(line: Mapping[str, Any]) -> str:
+    """12,345 tok/s, and the MFU where the device's peak is known; "" before the first logged step."""
+    rate, mfu = line.get("tokens_per_s"), line.get("mfu")
+    return "" if not rate else f"{rate:,.0f} tok/s" + ("" if mfu is None else f"  MFU {mfu:.1%}")
 
 
 _LINE_PARTS = (

@@ -7,7 +7,7 @@ import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -15,11 +15,11 @@ from nsa_cli.cli import options
 from nsa_cli.cli.resolve import Resolved, load
 from nsa_cli.cli.start import begins_from, refuse_weight_alone, take_shape
 from nsa_cli.config import PRESETS, ModelConfig, NSAConfig, TrainConfig
-from nsa_cli.errors import ExitCode, NsaError
+from nsa_cli.errors import ExitCode, NsaError, tells_errors
 
 if TYPE_CHECKING:
     from nsa_cli.cli.machine import Machine
-    from nsa_cli.data import Corpus, Tokenizer
+    from nsa_cli.data import Tokenizer
     from nsa_cli.model import Transformer
     from nsa_cli.training import RunPaths, TrainResult
     from nsa_cli.training.distributed import Team
@@ -109,7 +109,13 @@ def train(
     Beside ckpt.safetensors stand ckpt.best.safetensors (best on the held-out tail), ckpt.state.safetensors (all that
     --resume needs) and ckpt.metrics.jsonl. Ctrl-C saves the state and ends with 130.
     """
-    return run(data, load(ctx))
+    try:
+        settings = load(ctx)
+    except NsaError as error:
+        if tells_errors():
+            raise
+        raise typer.Exit(error.exit_code) from error
+    return run(data, settings)
 
 
 def run(data: list[str], settings: Resolved) -> int:
@@ -170,6 +176,7 @@ def _train(data: list[str], settings: Resolved, paths: RunPaths, team: Team) -> 
     from nsa_cli.cli import output
     from nsa_cli.cli.machine import find_machine
     from nsa_cli.data import load_corpus
+    from nsa_cli.training import dry_run
     from nsa_cli.training import train as train_model
     from nsa_cli.training.convert import refuse_other_tokenizer
     from nsa_cli.training.loggers import LoggedReporter, make_loggers
@@ -212,10 +219,21 @@ def _train(data: list[str], settings: Resolved, paths: RunPaths, team: Team) -> 
         shards=settings["shards"],
         notify=messages.notice,
     )
+    # Of a run and of one that is only tried.
+    options: dict[str, Any] = {
+        "paths": paths,
+        "device": machine.device,
+        "kernel": machine.kernel,
+        "dtype": machine.dtype,
+        "resume": resume,
+        "init_from": init_from,
+        "distill_from": settings["distill_from"],
+        "force_data": settings["force_data"],
+        "team": team,
+    }
     if settings["dry_run"]:
-        if not team.first:
-            return None
-        _dry_run(model_config, train_config, corpus, paths, machine, settings, init_from, team)
+        if team.first:
+            _show_trial(dry_run(model_config, train_config, corpus, **options), paths, machine, settings)
         return None
     with (
         output.TrainingReporter(messages, json_lines=settings["json"], verbose=settings["verbose"]) as told,
@@ -225,19 +243,11 @@ def _train(data: list[str], settings: Resolved, paths: RunPaths, team: Team) -> 
             model_config,
             train_config,
             corpus,
-            paths=paths,
-            device=machine.device,
-            kernel=machine.kernel,
-            dtype=machine.dtype,
-            resume=resume,
-            init_from=init_from,
-            distill_from=settings["distill_from"],
+            **options,
             overwrite=settings["overwrite"],
-            force_data=settings["force_data"],
             reporter=reporter,
             notices=[*([machine.notice] if machine.notice else []), *corpus.notices],
             sampler_hook=_sampler(tokenizer, train_config.seed) if train_config.sample_every else None,
-            team=team,
         )
     if not team.first:
         return result
@@ -263,34 +273,10 @@ def _sampler(tokenizer: Tokenizer, seed: int) -> SamplerHook:
     return sample
 
 
-def _dry_run(
-    model_config: ModelConfig,
-    train_config: TrainConfig,
-    corpus: Corpus,
-    paths: RunPaths,
-    machine: Machine,
-    settings: Resolved,
-    init_from: Path | None,
-    team: Team,
-) -> None:
+def _show_trial(report: dict[str, Any], paths: RunPaths, machine: Machine, settings: Resolved) -> None:
     from nsa_cli.cli import output
     from nsa_cli.cli.dry_run import report_lines, settings_record
-    from nsa_cli.training import dry_run
 
-    report = dry_run(
-        model_config,
-        train_config,
-        corpus,
-        paths=paths,
-        device=machine.device,
-        kernel=machine.kernel,
-        dtype=machine.dtype,
-        resume=settings["resume"],
-        force_data=settings["force_data"],
-        init_from=init_from,
-        distill_from=settings["distill_from"],
-        team=team,
-    )
     messages = output.Messages(quiet=settings["quiet"])
     for notice in report["notices"]:
         messages.notice(notice)

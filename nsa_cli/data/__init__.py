@@ -4,6 +4,7 @@ from nsa_cli.data.corpus import Corpus, load_corpus, shard_tokenizer
 from nsa_cli.data.documents import NO_TARGET, Documents, Windows, join_windows
 from nsa_cli.data.mixture import Mixture, Source
 from nsa_cli.data.sampler import step_draws, training_batch, validation_windows, window_starts
+from nsa_cli.data.synthetic import Synthetic
 from nsa_cli.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer, tokenizer_from_dict
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Documents",
     "Mixture",
     "Source",
+    "Synthetic",
     "Tokenizer",
     "Windows",
     "join_windows",

@@ -228,6 +228,12 @@ class Synthetic:
             yield self.windows(np.array([draw], dtype=np.uint64), context=context)
 
     @property
+    def spelled_out(self) -> str:
+        """The source with every parameter, given or not: what `make_synthetic` makes this one of."""
+        values = {**dataclasses.asdict(self.task), "length": self.length}
+        return ",".join([f"{PREFIX}{self.task.NAME}", *(f"{key}={value}" for key, value in values.items())])
+
+    @property
     def fingerprint(self) -> str:
         """sha256 (hex) over the task, its parameters and the tokenizer."""
         said = [_GENERATOR_VERSION, self.task.NAME, dataclasses.asdict(self.task), self.length, self.tokenizer.to_dict()]

@@ -6,10 +6,12 @@ Letters: b batch, t query token, s key token, h query head, g key/value head, d 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nsa_cli.config import ModelConfig
 from nsa_cli.model.cache import Cache, LayerCache, Span
@@ -18,6 +20,8 @@ from nsa_cli.model.rotary import Rotary, rotate
 
 MASK_ELEMENTS = 2**25
 """Entries of the mask [t, s] of a pass behind a filled cache, a sequence: longer passes go in chunks."""
+_ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""What attends to documents of any length: cuDNN, PyTorch's first choice on some GPUs, builds a plan for each new length."""
 
 
 @dataclass
@@ -25,8 +29,8 @@ class Geometry:
     """Where the tokens of one forward pass stand; made once and shared by all layers.
 
     positions: int64 [t], or [b, t] behind a filled cache. angles: float32 [t, d] or [b, 1, t, d].
-    cu_seqlens: packed documents, or None. block_starts: for packed documents, the first token of every compressed block;
-    block_positions: each compressed block's first position in its document.
+    cu_seqlens: packed documents, or None; ends: the same on the host. block_starts: for packed documents, the first token of
+    every compressed block; block_positions: each compressed block's first position in its document.
     cache: the sequences so far, or None; span: where in it the pass's tokens go. first: whether the cache is empty, so that
     the pass is an ordinary one.
     parallel: the processes that share the sequence, or None; positions are then those of this one's tokens.
@@ -41,6 +45,7 @@ class Geometry:
     cache: Cache | None = None
     span: Span | None = None
     first: bool = True
+    ends: list[int] | None = None
     parallel: ContextParallel | None = None
 
 
@@ -75,13 +80,13 @@ class DenseAttention(nn.Module):
         if geometry.parallel is not None:
             return self.to_out(join_heads(self._shared(q, k, v, geometry.parallel)))
         if layer is None:
-            return self.to_out(join_heads(self._causal(q, k, v, geometry.cu_seqlens)))
+            return self.to_out(join_heads(self._causal(q, k, v, geometry.ends)))
         cache, span = geometry.cache, geometry.span
         assert cache is not None
         assert span is not None
         all_k, all_v = (layer.append(name, new, span, cache.capacity) for name, new in (("k", k), ("v", v)))
         if geometry.first:
-            out = self._causal(q, k, v, geometry.cu_seqlens)
+            out = self._causal(q, k, v, geometry.ends)
         else:
             tokens = max(span.starts) + x.shape[1]
             out = self._cached(q, all_k[:, :, :tokens], all_v[:, :, :tokens], geometry.positions, span)
@@ -122,17 +127,18 @@ class DenseAttention(nn.Module):
                 outs.append(F.scaled_dot_product_attention(queries, keys, values, mask, dropout_p=p, enable_gqa=gqa))
         return torch.cat(outs, 2)
 
-    def _causal(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    def _causal(self, q: Tensor, k: Tensor, v: Tensor, ends: list[int] | None) -> Tensor:
         gqa, p = self.heads != self.kv_heads, self.dropout if self.training else 0.0
-        if cu_seqlens is None:
+        if ends is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=p, enable_gqa=gqa)
-        sizes = cu_seqlens.diff().tolist()
+        sizes = [stop - start for start, stop in pairwise(ends)]
         documents = zip(q.split(sizes, 2), k.split(sizes, 2), v.split(sizes, 2), strict=True)
-        return torch.cat(
-            [
-                F.scaled_dot_product_attention(*qkv, is_causal=True, dropout_p=p, enable_gqa=gqa)
-                for qkv in documents
-                if qkv[0].shape[2] > 0
-            ],
-            2,
-        )
+        with sdpa_kernel(_ANY_LENGTH):
+            return torch.cat(
+                [
+                    F.scaled_dot_product_attention(*qkv, is_causal=True, dropout_p=p, enable_gqa=gqa)
+                    for qkv in documents
+                    if qkv[0].shape[2] > 0
+                ],
+                2,
+            )

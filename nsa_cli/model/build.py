@@ -34,4 +34,6 @@ def build_model(
         name = "torch" if refusal is not None else name
     with torch.device("meta" if device.type == "meta" else "cpu"):
         model = Transformer(config, name)
+    if device.type != "meta":
+        model.rotary.to(device)
     return model.to(device=device if weights_device is None else weights_device, dtype=dtype)

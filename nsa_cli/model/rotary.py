@@ -26,10 +26,14 @@ class Rotary:
             width = max(dim_head, 4)
             self._embedding = RotaryEmbedding(width, custom_freqs=frequencies, cache_if_possible=False, cache_max_seq_len=1)
 
+    def to(self, device: torch.device) -> None:
+        """Where `angles` computes; it goes there by itself, but inside torch.compile at the price of a second compilation."""
+        self._embedding.to(device)
+
     def angles(self, positions: Tensor) -> Tensor:
         """Integer positions [..] -> float32 angles [.., d] in [0, 2 pi), each pair of channels sharing one."""
         if self._embedding.freqs.device != positions.device:
-            self._embedding.to(positions.device)
+            self.to(positions.device)
         angles: Tensor = self._embedding(positions.double()).detach()
         return angles.remainder(2 * math.pi).float()
 

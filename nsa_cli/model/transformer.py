@@ -124,7 +124,8 @@ class Transformer(nn.Module):
         x = self.dropout(self.token_emb(ids))
         for i, block in enumerate(self.layers):
             if self.recompute and cache is None and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, geometry, use_reentrant=False)
+                drops = self.config.dropout > 0  # nothing else in a block is random
+                x = checkpoint(block, x, geometry, use_reentrant=False, preserve_rng_state=drops)
             else:
                 x = block(x, geometry, None if cache is None else cache.layers[i])
         if cache is not None and geometry.span is not None:
@@ -170,19 +171,18 @@ class Transformer(nn.Module):
             parallel = self.context_parallel
             positions = parallel.split(torch.arange(tokens * parallel.size, device=device), 0)
             return Geometry(self.rotary, positions, self.rotary.angles(positions), parallel=parallel)
-        starts = block_positions = None
+        ends = starts = block_positions = None
         if cu_seqlens is not None:
-            ends = document_ends(cu_seqlens, tokens)
-            documents = list(pairwise(ends))
-            positions = torch.cat([torch.arange(stop - start, device=device) for start, stop in documents])
+            ends = document_ends(cu_seqlens, tokens)  # the host waits for them once a pass
+            begins, sizes = ends[:-1], [stop - start for start, stop in pairwise(ends)]
+            positions = _counted(sizes).to(device)
             if self.config.nsa is not None:
-                stride = self.config.nsa.compress_stride
-                counts = [self.config.nsa.num_compressed(stop - start) for start, stop in documents]
-                steps = [torch.arange(n, device=device) * stride for n in counts]
-                block_positions = torch.cat(steps)
-                starts = torch.cat([start + step for start, step in zip(ends, steps, strict=False)])
+                counts = [self.config.nsa.num_compressed(size) for size in sizes]
+                steps = _counted(counts) * self.config.nsa.compress_stride
+                starts = (torch.tensor(begins).repeat_interleave(torch.tensor(counts)) + steps).to(device)
+                block_positions = steps.to(device)
         return Geometry(
-            self.rotary, positions, self.rotary.angles(positions), cu_seqlens, starts, block_positions, cache, span
+            self.rotary, positions, self.rotary.angles(positions), cu_seqlens, starts, block_positions, cache, span, ends=ends
         )
 
     def _check(self, ids: Tensor, targets: Tensor | None, cu_seqlens: Tensor | None, cache: Cache | None) -> None:
@@ -202,3 +202,9 @@ class Transformer(nn.Module):
             raise ValueError("context_parallel goes with ids and targets alone: neither cu_seqlens nor cache")
         if cu_seqlens is not None and ids.shape[0] != 1:
             raise ValueError(f"ids has batch {ids.shape[0]}: must be 1 with cu_seqlens")
+
+
+def _counted(sizes: Sequence[int]) -> Tensor:
+    """0 .. n - 1 for each n, one after another: int64 on the CPU."""
+    counts = torch.tensor(sizes)
+    return torch.arange(sum(sizes)) - (counts.cumsum(0) - counts).repeat_interleave(counts)

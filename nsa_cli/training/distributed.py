@@ -27,7 +27,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from nsa_cli.config import Parallel
-from nsa_cli.errors import ExitCode, NsaError
+from nsa_cli.errors import ExitCode, NsaError, tells_errors
 from nsa_cli.model import Transformer
 from nsa_cli.model.parallel import ContextParallel
 from nsa_cli.training.agreement import AgreedInterruption, Listened, NoLog
@@ -199,22 +199,23 @@ def open_team(device: str = "auto", parallel: Parallel = "ddp", context: int = 1
     sequence, neighbours by rank; it divides their number.
 
     An error inside is told once: the first process that has one raises it, and on the others, which fail in the next
-    collective call, ToldElsewhere is raised. Errors of its own: NsaError, exit 2 for a device that many cannot share and for a
-    context that does not divide them, 5 for too few GPUs or a launcher that is not torchrun.
+    collective call, ToldElsewhere is raised. Before they can speak with each other, it is raised on all but the first; of
+    those without a GPU the first on its machine tells. Errors of its own: NsaError, exit 2 for a device that many cannot share
+    and for a context that does not divide them, 5 for too few GPUs or a launcher that is not torchrun.
     """
     world = os.environ.get("WORLD_SIZE", "")
     processes = int(world) if world.isdecimal() and int(world) > 1 else 1
     if context < 1 or processes % context:
         message = f"--context-parallel {context}: must divide the processes, of which there {_are(processes)}"
         hint = f"torchrun --nproc-per-node {max(context, 2)} -m nsa_cli train ... starts more; 1 is the default"
-        raise NsaError(message, hint, ExitCode.USAGE)
+        raise _by_the_first(message, hint, ExitCode.USAGE)
     if processes == 1:
         yield Team(parallel=parallel)
         return
     if missing := [name for name in _LAUNCHED if not os.environ.get(name)]:
         message = f"WORLD_SIZE={world} without {missing[0]}: torchrun sets all of {', '.join(_LAUNCHED)}"
         hint = "torchrun --nproc-per-node 2 -m nsa_cli train ..., or unset WORLD_SIZE to run one process"
-        raise NsaError(message, hint, ExitCode.UNAVAILABLE)
+        raise _by_the_first(message, hint, ExitCode.UNAVAILABLE)
     own = _own_device(device, int(os.environ["LOCAL_RANK"]), processes)
     backend = "gloo"
     if own.type == "cuda":
@@ -237,6 +238,11 @@ def open_team(device: str = "auto", parallel: Parallel = "ddp", context: int = 1
     dist.destroy_process_group()
 
 
+def _by_the_first(message: str, hint: str, code: ExitCode) -> NsaError:
+    """The error that every process finds by itself, as the first tells it and the others keep it."""
+    return (NsaError if tells_errors() else ToldElsewhere)(message, hint, code)
+
+
 def _are(processes: int) -> str:
     return "is one" if processes == 1 else f"are {processes}"
 
@@ -245,13 +251,14 @@ def _own_device(name: str, local: int, world: int) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name.startswith("cuda:"):
         message = f"--device {name} is one GPU, and this is one of {world} processes"
-        raise NsaError(message, "use --device cuda: each process takes its own", ExitCode.USAGE)
+        raise _by_the_first(message, "use --device cuda: each process takes its own", ExitCode.USAGE)
     if name == "cpu" or (name == "auto" and not count):
         return torch.device("cpu")
     if local >= count:
         message = f"--device {name}: process {local} of this machine finds {count} CUDA GPU{'' if count == 1 else 's'}"
         fewer = f"torchrun --nproc-per-node {count}, or " if count else ""
-        raise NsaError(message, f"{fewer}--device cpu", ExitCode.UNAVAILABLE)
+        kind = NsaError if local == count else ToldElsewhere
+        raise kind(message, f"{fewer}--device cpu", ExitCode.UNAVAILABLE)
     return torch.device("cuda", local)
 
 

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,22 +19,20 @@ from torch import Tensor
 
 from nsa_cli.config import ModelConfig, TrainConfig
 from nsa_cli.data import Corpus
-from nsa_cli.model import Transformer, build_model
-from nsa_cli.ops.dispatch import resolve_kernel
-from nsa_cli.training.batches import Batch, BatchPlan, plan_batches, refuse_packing, training_batches, validation_batches
-from nsa_cli.training.convert import begin_from, told
+from nsa_cli.model import Transformer
+from nsa_cli.model.peaks import peak_flops
+from nsa_cli.training.batches import Batch, training_batches, validation_batches
 from nsa_cli.training.device import arithmetic, deterministic_on_cpu, explained_errors, random_states, set_random_states
-from nsa_cli.training.distill import DistillingLoss, find_teacher, load_teacher, refuse_shared_teacher
+from nsa_cli.training.distill import DistillingLoss
 from nsa_cli.training.distributed import Team
 from nsa_cli.training.divergence import name_batch
-from nsa_cli.training.graphs import CapturedGradients, refuse_cuda_graph
+from nsa_cli.training.graphs import CapturedGradients
 from nsa_cli.training.health import selection_health
-from nsa_cli.training.metrics import Clock, MetricsLog, bits_per_byte, finite, header_record, machine_record
-from nsa_cli.training.optim import Diverged, FiniteGuard, clipped_update, make_optimizer
-from nsa_cli.training.resume import check_continues, read_run, refuse_start
+from nsa_cli.training.metrics import Clock, MetricsLog, bits_per_byte, finite, model_flops_utilisation
+from nsa_cli.training.optim import Diverged, clipped_update
+from nsa_cli.training.prepare import Prepared, prepare
 from nsa_cli.training.run import Reporter, RunPaths, SilentReporter, TrainResult
-from nsa_cli.training.saving import Progress, RunFiles
-from nsa_cli.training.schedule import learning_rate, warmup_steps
+from nsa_cli.training.schedule import learning_rate
 from nsa_cli.training.signals import Interruption, catch_signals
 from nsa_cli.training.validation import evaluating, validation_loss
 
@@ -86,84 +82,18 @@ def train(
     fit. 3: a state that cannot be read or continued. 4: diverged. 5: kernel not available. ValueError: a dtype that
     cannot train, a vocabulary that is not the tokenizer's.
     """
-    device = torch.device(device)
-    team = team or Team()
+    device, team = torch.device(device), team or Team()
     reporter = team.reporter(reporter or SilentReporter())
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    if dtype not in (torch.bfloat16, torch.float32, torch.float64):
-        raise ValueError(f"dtype = {dtype}: must be bfloat16, float32 or float64 (float16 would need loss scaling)")
-    if model_config.vocab_size != corpus.tokenizer.vocab_size:
-        size = corpus.tokenizer.vocab_size
-        raise ValueError(f"vocab_size = {model_config.vocab_size}: must be the tokenizer's {size}")
-    plan = plan_batches(model_config, config)
-    refuse_start(init_from, resume)
-    refuse_packing(corpus, config, shared=team.context is not None)
-    team.require_context(model_config.context)
-    saved = None if resume is None else read_run(resume)
-    moves = saved is None or saved.moves_to(paths)
-    if moves and not overwrite:
-        paths.refuse_existing()
-    if saved is not None:
-        other_data = check_continues(saved, model_config, config, corpus, force_data=force_data)
-        if other_data is not None:
-            notices = [*notices, f"going on with other data: {other_data}"]
-            reporter.notice(notices[-1])
-    left = saved is None or saved.step < config.steps
-    teacher_record = find_teacher(distill_from, saved, paths) if left else None
-    refuse_shared_teacher(teacher_record, team)
-    settings = {"model": model_config.to_dict(), "train": config.to_dict()}
-    team.require_same({"data": corpus.fingerprint, **settings, "step": 0 if saved is None else saved.step})
-    sparse = model_config.nsa is not None  # dense attention is SDPA whatever the kernel
-    name, fallback = resolve_kernel(kernel, device, allow_fallback=True) if sparse else ("torch", None)
-    if fallback is not None:
-        notices = [*notices, fallback]
-        reporter.notice(fallback)
-    if saved is None and (warmup := warmup_steps(config)) < config.warmup:
-        reporter.notice(f"warm-up shortened from {config.warmup} to {warmup} steps, half of --steps {config.steps}")
     with deterministic_on_cpu(device):
-        torch.manual_seed(config.seed)
-        weights = torch.float64 if dtype is torch.float64 else torch.float32
-        model = build_model(
-            model_config, device=device, dtype=weights, kernel="auto" if kernel == "auto" else name,
-            weights_device=team.weights_device(device),
+        ready = prepare(
+            model_config, config, corpus, paths=paths, device=device, kernel=kernel, dtype=dtype, resume=resume,
+            init_from=init_from, distill_from=distill_from, overwrite=overwrite, force_data=force_data, reporter=reporter,
+            notices=notices, team=team,
         )  # fmt: skip
-        if config.cuda_graph:
-            refuse_cuda_graph(device, model.kernel if sparse else "dense", processes=team.world, recompute=config.recompute)
-        origins = {} if saved is None else saved.origins
-        if init_from is not None:
-            autocast = partial(arithmetic, device, dtype)
-            # Weights that wait on the host for their shards are not measured there: too slow, and Triton is for the GPU.
-            eval_tokens = config.eval_tokens if model.device == device else 0
-            start = begin_from(init_from, model, corpus, plan, eval_tokens=eval_tokens, autocast=autocast)
-            reporter.notice(told(start))
-            origins = {"init_from": start}
-        model.context_parallel, model.recompute = team.context, config.recompute
-        teacher = None
-        if teacher_record is not None:
-            teacher = load_teacher(Path(teacher_record["path"]), corpus.tokenizer, device=device, dtype=weights)
-            if config.cuda_graph:
-                refuse_cuda_graph(device, teacher.kernel if teacher.config.nsa is not None else "dense")
-            origins = {**origins, "distill_from": teacher_record}
-        machine = machine_record(model, config, device=device, dtype=dtype, notices=notices, processes=team.record())
-        header = {**header_record(model, corpus, machine), **origins}
-        optimizer, guard = make_optimizer(model, config), FiniteGuard(device, config.max_skipped)
-        files = RunFiles(paths, model, optimizer, guard, config, corpus, device, origins=origins, first=team.first)
+        files, progress, saved, header = ready.files, ready.progress, ready.saved, ready.header
         log = team.log(MetricsLog(paths.metrics))
-        progress, elapsed_s = Progress(), 0.0
-        if saved is not None:
-            progress, elapsed_s = files.restore(saved), float(saved.meta["elapsed_s"])
-            if other_data is not None:
-                progress.forget_losses()
-            for path in files.restore_files(saved, progress) if team.first else []:
-                reporter.notice(f"restored {path}")
-            progress = Progress(**team.from_first(vars(progress)))
-        if team.sharded:
-            from nsa_cli.training.sharding import gather, shard
-
-            optimizer = shard(model, optimizer, config, device=device, world=team.world, dtype=dtype)
-            files = replace(files, optimizer=optimizer, gather=gather)
-        run = _Run(files, progress, plan, dtype, Clock(elapsed_s), log, reporter, sampler_hook, team, teacher)
-        if not moves and run.done:
+        run = _Run(ready, log, reporter, sampler_hook)
+        if not ready.moves and run.done:
             why = f"has done all of its {config.steps} steps"
             if run.status == "patience":
                 why = f"was ended by --patience {config.patience} at step {progress.step}"
@@ -177,7 +107,7 @@ def train(
             files.save_state(progress, elapsed_s=0.0)
             log.start(header)
         else:
-            record = {"event": "resume", "from_step": progress.step, "data": header["data"], **machine}
+            record = {"event": "resume", "from_step": progress.step, "data": header["data"], **ready.machine}
             log.resume(saved.paths.metrics, progress.step, header, record)
             info = {**header, **record}
         if progress.step == 0 and team.first:
@@ -194,23 +124,15 @@ def train(
 
 
 class _Run:
-    """One run in progress: what `train` has set up, and the step they all take part in."""
+    """One run in progress: what `prepare` has set up, and the step they all take part in."""
 
     def __init__(
-        self,
-        files: RunFiles,
-        progress: Progress,
-        plan: BatchPlan,
-        dtype: torch.dtype,
-        clock: Clock,
-        log: MetricsLog,
-        reporter: Reporter,
-        sampler_hook: SamplerHook | None,
-        team: Team,
-        teacher: Transformer | None = None,
+        self, ready: Prepared, log: MetricsLog, reporter: Reporter, sampler_hook: SamplerHook | None = None
     ) -> None:
-        self.files, self.progress, self.plan = files, progress, plan
-        self.clock, self.log, self.reporter, self.sampler_hook = clock, log, reporter, sampler_hook
+        files, team, teacher = ready.files, ready.team, ready.teacher
+        self.files, self.progress, self.plan, self.dtype = files, ready.progress, ready.plan, ready.dtype
+        self.clock, self.log = Clock(0.0 if ready.saved is None else float(ready.saved.meta["elapsed_s"])), log
+        self.reporter, self.sampler_hook = reporter, sampler_hook
         self.model, self.config, self.corpus, self.device = files.model, files.config, files.corpus, files.device
         self.context = self.model.config.context
         self.team, self.wrapped = team, team.wrap(self.model)
@@ -221,7 +143,8 @@ class _Run:
         if teacher is not None:
             self.objective = DistillingLoss(self.forward, teacher, self.config.distill_weight)
         self.parts = () if teacher is None else (2,)
-        self.dtype = dtype
+        peak = peak_flops(self.device, self.dtype)
+        self.peak = None if peak is None else peak * team.world  # devices of one kind
         self.captured: CapturedGradients | None = None
         if self.config.cuda_graph:
             self.captured = CapturedGradients(self.objective, self.model.parameters(), self.autocast)
@@ -373,7 +296,7 @@ class _Run:
             "lr": lr,
             "grad_norm": float(norm.item()),
             "skipped": skipped,
-            "tokens_per_s": round(self.clock.tokens_per_s(), 1),
+            **self.speed(self.clock.tokens_per_s()),
             "elapsed_s": round(self.clock.elapsed_s, 3),
         }
         if distilled:
@@ -381,6 +304,11 @@ class _Run:
         if self.model.config.nsa is not None:
             line["gates"] = self.model.gate_means()
         return line
+
+    def speed(self, tokens_per_s: float) -> dict[str, float | None]:
+        """tokens_per_s and mfu as a metrics line has them."""
+        mfu = model_flops_utilisation(self.model.config, tokens_per_s, self.peak)
+        return {"tokens_per_s": round(tokens_per_s, 1), "mfu": None if mfu is None else round(mfu, 4)}
 
     def finish_step(self, line: dict[str, Any] | None, interruption: Interruption) -> None:
         """Validation and sample if the step's line waits for them, the line, a save if one is due.

@@ -9,7 +9,8 @@ diverged {"event": "diverged", first_step, at_step, windows, not_finite} (nsa_cl
 
 A step's line: step, loss (nats per token, the mean over the step's batch, before its update), bits_per_byte, lr,
 grad_norm (before clipping), skipped (updates left out so far because loss or gradient was not finite), tokens_per_s
-(since the line before, validation and saving not counted), elapsed_s (of the run, resumed parts added up); with a teacher
+(since the line before, of all processes together, validation and saving not counted), mfu (see `model_flops_utilisation`; null
+where the device's peak is not known, as on a CPU), elapsed_s (of the run, resumed parts added up); with a teacher
 distill_kl, KL(teacher || student) in nats per token: what is minimised is loss + distill_weight * distill_kl; for sparse
 models gates, per layer the means of [cmp, slc, win]; after a validation val_loss and val_bits_per_byte, for data with weights
 val_losses, by source, for synthetic tasks val_accuracy, the share of answers that are right (val_accuracies, by source), for
@@ -34,17 +35,29 @@ import torch
 
 import nsa_cli
 from nsa_cli.checkpoint import write_atomic
-from nsa_cli.config import TrainConfig
+from nsa_cli.config import ModelConfig, TrainConfig
 from nsa_cli.data import Corpus
 from nsa_cli.errors import ExitCode, NsaError
 from nsa_cli.model import Transformer
-from nsa_cli.model.accounting import parameters_by_part
+from nsa_cli.model.accounting import model_flops_per_token, parameters_by_part
 from nsa_cli.training.device import device_name
 
 
 def bits_per_byte(nats_per_token: float, tokens: int, num_bytes: int) -> float:
     """Loss in bits for each byte of text: nats_per_token * (tokens / num_bytes) / ln 2; NaN for a text of no bytes."""
     return nats_per_token * tokens / num_bytes / math.log(2) if num_bytes else math.nan
+
+
+def model_flops_utilisation(config: ModelConfig, tokens_per_s: float, peak: float | None) -> float | None:
+    """MFU: tokens a second times the model's FLOPs of a token in training, as a share of `peak`; None without a peak.
+
+    peak: FLOP/s of all processes' devices together (nsa_cli.model.peaks), for bfloat16 the dense tensor-core rate.
+    FLOPs of a token are `accounting.model_flops_per_token` in a whole window of config.context tokens. A sparse model's are
+    those of the pairs that it looks at, not a dense one's. Documents packed into a window need less than is counted;
+    what --recompute does again and a teacher's pass are not counted. Attention's backward counts as five
+    products, q k^T again among them, as fused kernels work and FlashAttention counts.
+    """
+    return None if peak is None else model_flops_per_token(config).training * tokens_per_s / peak
 
 
 def finite(value: Any) -> Any:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from nsa_cli.checkpoint import load_state, read_state_meta
 from nsa_cli.config import ModelConfig, TrainConfig
-from nsa_cli.data import Corpus, Tokenizer, tokenizer_from_dict
+from nsa_cli.data import Corpus, Mixture, Synthetic, Tokenizer, tokenizer_from_dict
 from nsa_cli.errors import ExitCode, NsaError
 from nsa_cli.training.run import RunPaths
 from nsa_cli.training.schedule import learning_rate
@@ -177,9 +177,24 @@ _NAMED = 20
 
 
 def data_facts(corpus: Corpus) -> dict[str, Any]:
-    """What a state says of the data besides the fingerprint, for the message when it has changed."""
-    tokens = len(corpus.train) + len(corpus.val)
-    return {"sources": list(corpus.sources[:_NAMED]), "files": len(corpus.sources), "tokens": tokens}
+    """What a state says of the data besides the fingerprint, for the message when it has changed.
+
+    sources: files as they are found, tasks with all of their parameters, both with the weights that the user gave.
+    tokens: of text; null where there is no end to them.
+    """
+    sources, tokens = _sources(corpus), None if corpus.train_tokens is None else len(corpus.train) + len(corpus.val)
+    return {"sources": sources[:_NAMED], "files": len(sources), "tokens": tokens}
+
+
+def _sources(corpus: Corpus) -> list[str]:
+    train = corpus.train
+    if isinstance(train, Synthetic):
+        return [train.spelled_out]
+    if "" in corpus.weights:
+        return list(corpus.sources)
+    parts = zip(train.names, train.parts, strict=True) if isinstance(train, Mixture) else ()
+    tasks = {name: part.spelled_out for name, part in parts if isinstance(part, Synthetic)}
+    return [f"{tasks.get(name, name)}@{weight:g}" for name, weight in corpus.weights.items()]
 
 
 def changed_data(saved: SavedRun, corpus: Corpus) -> str | None:
@@ -193,11 +208,11 @@ def changed_data(saved: SavedRun, corpus: Corpus) -> str | None:
 
 def _described(facts: Any) -> str:
     try:
-        sources, files, tokens = list(facts["sources"]), int(facts["files"]), int(facts["tokens"])
+        sources, files, tokens = list(facts["sources"]), int(facts["files"]), int(facts["tokens"] or 0)
     except (TypeError, KeyError, ValueError):  # a state from before they were kept
         return "another"
     named = " ".join(map(str, sources[:3])) + (f" and {files - 3:,} more" if files > 3 else "")
-    return f"{tokens:,} tokens of {named}"
+    return f"{tokens:,} tokens of {named}" if tokens else named
 
 
 def changed_settings(saved: SavedRun, model_config: ModelConfig, config: TrainConfig, corpus: Corpus) -> list[str]:
