@@ -37,8 +37,11 @@ GATHER_BYTES = {2: 2**14, 4: 2**13}
 """The same in gather_split: tiles come from many places, and several programs hide that better than larger ones."""
 WARPS = {2: 4, 4: 8}
 """Of the kernels with products: exact float32 ones take more registers."""
-STAGES = {2: 3, 4: 1}
-"""Of gather_split; attend_split has one less."""
+SPLIT_STAGES = {2: 2, 4: 1}
+GATHER_STAGES = {2: 3, 4: 1}
+"""Tiles on chip at a time, the one that comes in included."""
+MOST_SPLITS = 64
+"""Of dense attention's keys: beyond, merging takes longer than reading."""
 COMPARISONS = 2**15
 """Of scores with thresholds that select_blocks has in registers at a time."""
 CORE_BYTES = 226 * 2**10
@@ -203,27 +206,32 @@ def gather_split(
     b_max = tl.full([RM], LEAST, tl.float32)
     b_sum = tl.zeros([RM], tl.float32)
     b_o = tl.zeros([RM, DV], tl.float32)
-    if i_part < SELECTED_PARTS:
+    is_selected = i_part < SELECTED_PARTS
+    if is_selected:
         p_keys, p_values = p_k + i_b * stride_kb + i_g * stride_kg, p_v + i_b * stride_vb + i_g * stride_vg
+        step_k, step_v = stride_ks, stride_vs
         first = i_part * PER_SELECTED
-        for i_tile in range(first, tl.minimum(first + PER_SELECTED, SELECTED_TILES)):
-            o_a = i_tile * BN + o_n
-            block = tl.load(p_indices + i_bg.to(tl.int64) * NUM + o_a // BLOCK, mask=o_a < NUM * BLOCK, other=-1)
-            o_s = block * BLOCK + o_a % BLOCK
-            m_s = (block >= 0) & (o_s < length)
-            b_k = load_tile(p_keys, o_s.to(tl.int64) * stride_ks, m_s, D, DK, "evict_first")
-            b_v = load_tile(p_values, o_s.to(tl.int64) * stride_vs, m_s, E, DV, "evict_first")
-            b_max, b_sum, b_o, _ = one_more(b_q, b_k, b_v, m_s, b_max, b_sum, b_o, scale, PRECISION)
+        last = tl.minimum(first + PER_SELECTED, SELECTED_TILES)
     else:
         p_keys, p_values = p_k_win + i_b * stride_wkb + i_g * stride_wkg, p_v_win + i_b * stride_wvb + i_g * stride_wvg
+        step_k, step_v = stride_wks, stride_wvs
         first = (i_part - SELECTED_PARTS) * PER_WINDOW
-        for i_tile in range(first, tl.minimum(first + PER_WINDOW, WINDOW_TILES)):
-            o_a = i_tile * BN + o_n
-            m_s = (o_a < WINDOW) & (o_a < length)
-            o_s = o_a if RING else tl.maximum(length - 1 - o_a, 0)
-            b_k = load_tile(p_keys, o_s.to(tl.int64) * stride_wks, m_s, D, DK, "evict_first")
-            b_v = load_tile(p_values, o_s.to(tl.int64) * stride_wvs, m_s, E, DV, "evict_first")
-            b_max, b_sum, b_o, _ = one_more(b_q, b_k, b_v, m_s, b_max, b_sum, b_o, scale, PRECISION)
+        last = tl.minimum(first + PER_WINDOW, WINDOW_TILES)
+    o_a = first * BN + o_n
+    chosen = tl.where(is_selected, NUM * BLOCK, 0)
+    p_chosen = p_indices + i_bg.to(tl.int64) * NUM
+    b_block = tl.load(p_chosen + o_a // BLOCK, mask=o_a < chosen, other=-1)
+    for _ in range(first, last):
+        o_s = b_block * BLOCK + o_a % BLOCK
+        m_s = (b_block >= 0) & (o_s < length)
+        o_win = o_a if RING else tl.maximum(length - 1 - o_a, 0)
+        o_s = tl.where(is_selected, o_s, o_win).to(tl.int64)
+        m_s = tl.where(is_selected, m_s, (o_a < WINDOW) & (o_a < length))
+        o_a += BN  # the next tile's blocks are asked for before this one's keys
+        b_block = tl.load(p_chosen + o_a // BLOCK, mask=o_a < chosen, other=-1)
+        b_k = load_tile(p_keys, o_s * step_k, m_s, D, DK, "evict_first")
+        b_v = load_tile(p_values, o_s * step_v, m_s, E, DV, "evict_first")
+        b_max, b_sum, b_o, _ = one_more(b_q, b_k, b_v, m_s, b_max, b_sum, b_o, scale, PRECISION)
     o_part = tl.program_id(0).to(tl.int64) * R + o_r
     store_part(p_o, p_max, p_sum, b_o, b_max, b_sum, o_part, m_r, E, DV)
 
@@ -291,7 +299,7 @@ def decode_attention(
     step = triton.next_power_of_2(ratio)
     bj = max(1, min(128, SPLIT_BYTES[size] // widest) // step)
     tiles = triton.cdiv(config.num_select_blocks(k.shape[2]), bj)
-    splits, per = _share(tiles, groups, 1 if size == 2 else 0, 2 * bj * step * widest, device)
+    splits, per = _share(tiles, groups, SPLIT_STAGES[size] - 1, 2 * bj * step * widest, device)
     heads = {"G": g, "R": r, "RM": max(LEAST_ROWS, p.rp), "D": d, "E": e, "DK": p.dk, "DV": p.dv, "PRECISION": p.precision}
     shape = {"LENGTH": config.compress_block, "STRIDE": config.compress_stride, "RATIO": ratio}
     late = overlap(device)
@@ -302,7 +310,7 @@ def decode_attention(
     attend_split[(groups * splits,)](
         q_cmp, k_cmp, v_cmp, positions, o_cmp, cmp_max, cmp_sum, top, own, right, splits, per, tiles, p.scale_log2,
         *q_cmp.stride()[:2], *k_cmp.stride()[:3], *v_cmp.stride()[:3], **heads, **shape, STEP=step, BJ=bj, SUMS=True,
-        num_warps=WARPS[size], num_stages=2 if size == 2 else 1, **late,
+        num_warps=WARPS[size], num_stages=SPLIT_STAGES[size], **late,
     )  # fmt: skip
     (scores,) = _floats(device, (groups, tiles, bj))
     splits_up = triton.next_power_of_2(splits)
@@ -323,7 +331,7 @@ def decode_attention(
     while bn > 32 and groups * triton.cdiv(config.num_selected * block, bn) < 2 * cores(device):
         bn //= 2
     selected, window = (triton.cdiv(tokens, bn) for tokens in (config.num_selected * block, config.window))
-    _, most = _share(selected + window, groups, STAGES[size] - 1, 2 * bn * widest, device)
+    _, most = _share(selected + window, groups, GATHER_STAGES[size] - 1, 2 * bn * widest, device)
     selected, per_selected = _even(selected, most)
     window, per_window = _even(window, most)
     o, top, total = _floats(device, (groups, selected + window, r, e), *((groups, selected + window, r),) * 2)
@@ -331,7 +339,7 @@ def decode_attention(
         q, k, v, keys, values, indices, positions, o, top, total, selected + window, selected, per_selected, per_window,
         p.scale_log2, *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *keys.stride()[:3], *values.stride()[:3], **heads,
         BLOCK=block, NUM=config.num_selected, WINDOW=config.window, RING=ring, BN=bn, num_warps=WARPS[size],
-        num_stages=STAGES[size], **late,
+        num_stages=GATHER_STAGES[size], **late,
     )  # fmt: skip
     out = torch.empty(b, h, 1, e, dtype=q.dtype, device=device)
     be = _channels(b * h, p.dv, device)
@@ -351,13 +359,14 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, positions: Tensor, scale
     r, dk, dv, late = h // g, padded_dim(d), padded_dim(e), overlap(q.device)
     bn = max(16, min(128, SPLIT_BYTES[size] // (max(dk, dv) * size)))
     tiles = triton.cdiv(places, bn)
-    splits, per = _share(tiles, b * g, 1 if size == 2 else 0, bn * (dk + dv) * size, device)
+    splits, per = _share(tiles, b * g, SPLIT_STAGES[size] - 1, bn * (dk + dv) * size, device)
+    splits, per = _even(tiles, max(per, triton.cdiv(tiles, MOST_SPLITS)))
     o, top, total = _floats(device, (b * g, splits, r, e), *((b * g, splits, r),) * 2)
     attend_split[(b * g * splits,)](
         q, k, v, positions, o, top, total, top, top, top, splits, per, tiles, scale * LOG2E, *q.stride()[:2], *k.stride()[:3],
         *v.stride()[:3], G=g, R=r, RM=max(LEAST_ROWS, triton.next_power_of_2(r)), D=d, E=e, DK=dk, DV=dv,
         PRECISION="ieee" if size == 4 else "tf32", LENGTH=1, STRIDE=1, RATIO=bn, STEP=bn, BJ=1, SUMS=False,
-        num_warps=WARPS[size], num_stages=2 if size == 2 else 1, **late,
+        num_warps=WARPS[size], num_stages=SPLIT_STAGES[size], **late,
     )  # fmt: skip
     out = torch.empty(b, h, 1, e, dtype=q.dtype, device=device)
     be = _channels(b * h, dv, device)
