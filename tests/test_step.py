@@ -117,6 +117,19 @@ def test_dense_attention_of_one_query_reads_its_own_past_alone(h: int, g: int, d
         assert relative_l2(out[row], want) < 2e-6
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dense_attention_of_one_query_merges_many_splits_on_a_gpu(dtype: torch.dtype) -> None:
+    q, k, v = (torch.randn(2, heads, n, 64, device="cuda").to(dtype) for heads, n in ((8, 1), (2, 70_000), (2, 70_000)))
+    at = torch.tensor([69_999, 123], device="cuda")
+    with poisoned(q.device):
+        out = dense_attention(q, k, v, positions=at, scale=0.2)
+    for row in range(2):
+        keys, values = (x[row, :, : at[row] + 1].repeat_interleave(4, 0).double() for x in (k, v))
+        want = (q[row].double() @ keys.mT * 0.2).softmax(-1) @ values
+        assert relative_l2(out[row], want) < (5e-6 if dtype == torch.float32 else 1e-2)
+
+
 def test_steps_by_kernels_are_for_gpus_alone() -> None:
     assert not can_step(_models(None, {})[0].cpu())
 

@@ -187,9 +187,10 @@ def append(
     k_pos, v_pos = (q, q) if pos is None else pos
     slots = heads + 2 * sets * g + (config is not None)
     append_kernel[(b * slots,)](
-        x, angles, at, q if bias is None else bias, q, gates, places.k, places.v, *rings, k_pos, v_pos, *raw, capacity, x.stride(0),
-        H=heads, G=g, D=d, DP=triton.next_power_of_2(d), SETS=sets, GATES=0 if config is None else triton.next_power_of_2(3 * heads),
-        LENGTH=length, LP=triton.next_power_of_2(length), STRIDE=1 if config is None else config.compress_stride,
+        x, angles, at, q if bias is None else bias, q, gates, places.k, places.v, *rings, k_pos, v_pos, *raw, capacity,
+        x.stride(0), H=heads, G=g, D=d, DP=triton.next_power_of_2(d), SETS=sets,
+        GATES=0 if config is None else triton.next_power_of_2(3 * heads), LENGTH=length, LP=triton.next_power_of_2(length),
+        STRIDE=1 if config is None else config.compress_stride,
         WINDOW=1 if config is None else config.window, BLOCKS=blocks, POSITIONED=pos is not None,
         num_warps=4 if blocks else 1, **overlap(device),
     )  # fmt: skip

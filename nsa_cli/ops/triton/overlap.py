@@ -16,18 +16,15 @@ import triton.language as tl
 
 @triton.jit
 def follow(OVERLAP: tl.constexpr):
-    """Wait for the kernel before, with all that it waited for; let the next one be launched."""
-    if OVERLAP == 1:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    elif OVERLAP == 2:
+    """Let the next kernel be launched; wait for the one before, with all that it waited for."""
+    if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
 
 
 @cache
-def overlap(device: torch.device) -> dict[str, int]:
+def overlap(device: torch.device) -> dict[str, bool]:
     """What a launch takes besides: OVERLAP for the kernel, launch_pdl for Triton."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
-        return {"OVERLAP": 0}
-    return {"OVERLAP": 1, "launch_pdl": True}
+        return {"OVERLAP": False}
+    return {"OVERLAP": True, "launch_pdl": True}
