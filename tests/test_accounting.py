@@ -117,6 +117,7 @@ def test_model_flops_are_two_a_parameter_and_the_attention() -> None:
     flops = accounting.model_flops_per_token(config)
     assert flops.forward == pytest.approx(2 * matrices + attention)
     assert flops.training == pytest.approx(6 * matrices + 3.5 * attention)
+    assert flops.necessary == pytest.approx(6 * matrices + 3 * attention)
 
 
 def test_sparse_model_flops_count_networks_gates_and_importance_once() -> None:
@@ -131,6 +132,8 @@ def test_sparse_model_flops_count_networks_gates_and_importance_once() -> None:
     flops = accounting.model_flops_per_token(config, 256)
     assert flops.forward == pytest.approx(2 * matrices + networks + forward)
     assert flops.training == pytest.approx(6 * matrices + 3 * networks + forward + backward)
+    importance = config.depth * accounting.sparse_attention_flops(*sizes).importance / 256
+    assert flops.necessary == pytest.approx(3 * (flops.forward - importance))
 
 
 CACHED = [None, SMALL, NSAConfig(**{**SMALL.__dict__, "branch_kv": "shared"})]

@@ -154,10 +154,15 @@ def parameters_by_part(model: Any) -> dict[str, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFlops:
-    """Operations of one token of a sequence, on average: the forward pass, and a training step (both directions)."""
+    """Operations of one token of a sequence, on average: the forward pass, and a training step (both directions).
+
+    necessary: of training, without what kernels compute a second time (importance, scores in the backward): three times the
+    forward's own, as MFU is defined (PaLM, arXiv 2204.02311, appendix B).
+    """
 
     forward: float
     training: float
+    necessary: float
 
 
 def model_flops_per_token(config: ModelConfig, tokens: int | None = None) -> ModelFlops:
@@ -175,13 +180,16 @@ def model_flops_per_token(config: ModelConfig, tokens: int | None = None) -> Mod
     if nsa is None:
         forward = dense_attention_flops(tokens, config.heads, config.dim_head)
         backward = dense_attention_flops(tokens, config.heads, config.dim_head, backward=True)
+        again = 0
     else:
         linear += config.depth * compression_flops(tokens, config.kv_heads, config.dim_head, nsa)
-        forward = sparse_attention_flops(tokens, config.heads, config.dim_head, nsa).total
+        sparse = sparse_attention_flops(tokens, config.heads, config.dim_head, nsa)
+        forward, again = sparse.total, sparse.importance
         backward = sparse_attention_flops(tokens, config.heads, config.dim_head, nsa, backward=True).total
     return ModelFlops(
         forward=(linear + config.depth * forward) / tokens,
         training=(3 * linear + config.depth * (forward + backward)) / tokens,
+        necessary=3 * (linear + config.depth * (forward - again)) / tokens,
     )
 
 

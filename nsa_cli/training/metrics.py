@@ -52,12 +52,11 @@ def model_flops_utilisation(config: ModelConfig, tokens_per_s: float, peak: floa
     """MFU: tokens a second times the model's FLOPs of a token in training, as a share of `peak`; None without a peak.
 
     peak: FLOP/s of all processes' devices together (nsa_cli.model.peaks), for bfloat16 the dense tensor-core rate.
-    FLOPs of a token are `accounting.model_flops_per_token` in a whole window of config.context tokens. A sparse model's are
-    those of the pairs that it looks at, not a dense one's. Documents packed into a window need less than is counted;
-    what --recompute does again and a teacher's pass are not counted. Attention's backward counts as five
-    products, q k^T again among them, as fused kernels work and FlashAttention counts.
+    FLOPs of a token are `accounting.model_flops_per_token(config).necessary`, in a whole window of config.context tokens. A
+    sparse model's are those of the pairs that it looks at, not a dense one's. Documents packed into a window need less than
+    is counted. Nothing that is computed again counts, in kernels or by --recompute, nor does a teacher's pass.
     """
-    return None if peak is None else model_flops_per_token(config).training * tokens_per_s / peak
+    return None if peak is None else model_flops_per_token(config).necessary * tokens_per_s / peak
 
 
 def finite(value: Any) -> Any:
