@@ -300,7 +300,7 @@ def decode_attention(
     while bj * step > 32 and groups * triton.cdiv(blocks, bj) < cores(device):  # few rows: short ways
         bj //= 2
     tiles = triton.cdiv(blocks, bj)
-    splits, per = _share(tiles, groups, SPLIT_STAGES[size] - 1, 2 * bj * step * widest, device)
+    splits, per = _share(tiles, groups, _programs(SPLIT_STAGES[size] - 1, 2 * bj * step * widest, device))
     heads = {"G": g, "R": r, "RM": max(LEAST_ROWS, p.rp), "D": d, "E": e, "DK": p.dk, "DV": p.dv, "PRECISION": p.precision}
     shape = {"LENGTH": config.compress_block, "STRIDE": config.compress_stride, "RATIO": ratio}
     late = overlap(device)
@@ -333,7 +333,9 @@ def decode_attention(
     while bn > 32 and groups * triton.cdiv(config.num_selected * block, bn) < 2 * cores(device):
         bn //= 2
     selected, window = (triton.cdiv(tokens, bn) for tokens in (config.num_selected * block, config.window))
-    _, most = _share(selected + window, groups, GATHER_STAGES[size] - 1, 2 * bn * widest, device)
+    programs, most = _programs(GATHER_STAGES[size] - 1, 2 * bn * widest, device), 1
+    while groups * (triton.cdiv(selected, most) + triton.cdiv(window, most)) > programs and most < max(selected, window):
+        most += 1
     selected, per_selected = _even(selected, most)
     window, per_window = _even(window, most)
     o, top, total = _floats(device, (groups, selected + window, r, e), *((groups, selected + window, r),) * 2)
@@ -361,7 +363,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, positions: Tensor, scale
     r, dk, dv, late = h // g, padded_dim(d), padded_dim(e), overlap(q.device)
     bn = max(16, min(128, SPLIT_BYTES[size] // (max(dk, dv) * size)))
     tiles = triton.cdiv(places, bn)
-    splits, per = _share(tiles, b * g, SPLIT_STAGES[size] - 1, bn * (dk + dv) * size, device)
+    splits, per = _share(tiles, b * g, _programs(SPLIT_STAGES[size] - 1, bn * (dk + dv) * size, device))
     splits, per = _even(tiles, max(per, triton.cdiv(tiles, MOST_SPLITS)))
     o, top, total = _floats(device, (b * g, splits, r, e), *((b * g, splits, r),) * 2)
     attend_split[(b * g * splits,)](
@@ -379,12 +381,13 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, positions: Tensor, scale
     return out
 
 
-def _share(tiles: int, groups: int, buffers: int, tile: int, device: torch.device) -> tuple[int, int]:
-    """Into how many programs a group's tiles go, so that all are on the chip at once, and how many tiles each of them has.
+def _programs(buffers: int, tile: int, device: torch.device) -> int:
+    """How many programs the chip holds at once that have `buffers` tiles of `tile` bytes on chip."""
+    return max(1, min(8, CORE_BYTES // (buffers * tile + PROGRAM_BYTES))) * cores(device)
 
-    buffers: tiles of `tile` bytes that a program has on chip.
-    """
-    programs = max(1, min(8, CORE_BYTES // (buffers * tile + PROGRAM_BYTES))) * cores(device)
+
+def _share(tiles: int, groups: int, programs: int) -> tuple[int, int]:
+    """Into how many of the programs a group's tiles go, and how many tiles each of them has."""
     return _even(tiles, triton.cdiv(tiles, max(1, min(tiles, programs // groups))))
 
 
