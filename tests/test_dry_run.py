@@ -124,7 +124,8 @@ def test_costs_are_the_accountings(here: Path, capsys: pytest.CaptureFixture[str
     config = ModelConfig(**{**model, "nsa": NSAConfig(**model["nsa"])})
     assert report["parameters"] == parameters_by_part(config)
     flops = model_flops_per_token(config)
-    assert report["flops"] == {"forward": flops.forward, "training": flops.training, "step": flops.training * 160}
+    expected = {"forward": flops.forward, "training": flops.training, "necessary": flops.necessary, "step": flops.training * 160}
+    assert report["flops"] == expected
     memory = report["memory"]
     weights = 4 * report["parameters"]["total"]
     assert (memory["weights"], memory["gradients"], memory["moments"]) == (weights, weights, 2 * weights)

@@ -25,6 +25,6 @@ def follow(OVERLAP: tl.constexpr):
 @cache
 def overlap(device: torch.device) -> dict[str, bool]:
     """What a launch takes besides: OVERLAP for the kernel, launch_pdl for Triton."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+    if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (9, 0):
         return {"OVERLAP": False}
     return {"OVERLAP": True, "launch_pdl": True}
