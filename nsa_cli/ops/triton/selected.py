@@ -98,7 +98,7 @@ def place_is_full(
     o_f, o_t, OFFSET, o_row, p_indices, p_start, BLOCK: tl.constexpr, NUM: tl.constexpr, FREE: tl.constexpr,
     NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Whether free place o_f of each query has a partial: `index.entry_lists`' rule."""
+    """Whether free place o_f of each query has a partial: `index.chosen_blocks`' rule."""
     start = o_t * 0
     if PACKED:
         start = tl.load(p_start + o_t)
