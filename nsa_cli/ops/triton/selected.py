@@ -151,21 +151,19 @@ def finish_window(
     WINDOW: tl.constexpr, PACKED: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
     SHARED: tl.constexpr,
 ):  # fmt: skip
-    """A tile's window branch. SHARED: its newest keys' part is in p_win, with the log-sum-exp b_local."""
-    b_max = tl.full([M], -1e30, tl.float32)
-    b_sum = tl.zeros([M], tl.float32)
-    b_acc = tl.zeros([M, DV], tl.float32)
+    """A tile's window branch. SHARED: its newest keys' part is in p_win, with the log-sum-exp b_local, and the rest follows."""
+    if SHARED:
+        b_max = b_local
+        b_sum = tl.full([M], 1.0, tl.float32)
+        b_acc = load_tile(p_win, o_out, m_m, E, DV, "").to(tl.float32)
+    else:
+        b_max = tl.full([M], -1e30, tl.float32)
+        b_sum = tl.zeros([M], tl.float32)
+        b_acc = tl.zeros([M, DV], tl.float32)
     b_acc, b_max, b_sum = attend_range(
         b_q, b_acc, b_max, b_sum, d_k, d_v, p_start, i_b, i_g, t0, t1, o_t, OFFSET, scale, WIN, SHARED, DK, DV, BLOCK, NUM_INIT,
         NUM_LOCAL, WINDOW, PACKED, BN, PRECISION,
     )  # fmt: skip
-    if SHARED:
-        b_new = tl.maximum(b_max, b_local)
-        b_scale = tl.exp2(b_max - b_new)
-        b_p = tl.exp2(b_local - b_new)
-        b_max = b_new
-        b_sum = b_sum * b_scale + b_p
-        b_acc = b_acc * b_scale[:, None] + b_p[:, None] * load_tile(p_win, o_out, m_m, E, DV, "").to(tl.float32)
     b_acc = b_acc / b_sum[:, None]  # a query sees itself: b_sum > 0
     store_tile(p_win, b_acc, o_out, m_m, E, DV, "")
     tl.store(p_win_lse + o_lse, b_max + tl.log2(b_sum), mask=m_m)
