@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nsa_cli.config import NSAConfig
 from nsa_cli.ops.triton.overlap import follow, overlap
+from nsa_cli.ops.triton.problem import next_power_of_2
 
 
 @triton.jit
@@ -188,8 +189,8 @@ def append(
     slots = heads + 2 * sets * g + (config is not None)
     append_kernel[(b * slots,)](
         x, angles, at, q if bias is None else bias, q, gates, places.k, places.v, *rings, k_pos, v_pos, *raw, capacity,
-        x.stride(0), H=heads, G=g, D=d, DP=triton.next_power_of_2(d), SETS=sets,
-        GATES=0 if config is None else triton.next_power_of_2(3 * heads), LENGTH=length, LP=triton.next_power_of_2(length),
+        x.stride(0), H=heads, G=g, D=d, DP=next_power_of_2(d), SETS=sets,
+        GATES=0 if config is None else next_power_of_2(3 * heads), LENGTH=length, LP=next_power_of_2(length),
         STRIDE=1 if config is None else config.compress_stride,
         WINDOW=1 if config is None else config.window, BLOCKS=blocks, POSITIONED=pos is not None,
         num_warps=4 if blocks else 1, **overlap(device),
@@ -207,6 +208,6 @@ def store_blocks(
     b, g, blocks, d = k_cmp.shape
     store_blocks_kernel[(2 * b * g,)](
         k_new.contiguous(), v_new.contiguous(), k_cmp, v_cmp, at, at if angles is None else angles, blocks, G=g, D=d,
-        DP=triton.next_power_of_2(d), LENGTH=config.compress_block, STRIDE=config.compress_stride, TURN=angles is not None,
+        DP=next_power_of_2(d), LENGTH=config.compress_block, STRIDE=config.compress_stride, TURN=angles is not None,
         num_warps=1, **overlap(at.device),
     )  # fmt: skip

@@ -25,7 +25,7 @@ from nsa_cli.config import NSAConfig
 from nsa_cli.ops.triton.attend import load_tile
 from nsa_cli.ops.triton.launch import cores
 from nsa_cli.ops.triton.overlap import follow, overlap
-from nsa_cli.ops.triton.problem import LOG2E, Problem, padded_dim
+from nsa_cli.ops.triton.problem import LOG2E, Problem, cdiv, next_power_of_2, padded_dim
 from nsa_cli.ops.triton.selection import top_blocks
 
 LEAST = tl.constexpr(-1e30)
@@ -295,11 +295,11 @@ def decode_attention(
     p = Problem(config=config, b=b, h=h, g=g, n=1, d=d, e=e, dtype=q.dtype, device=device, scale=scale)
     r, block, widest = p.r, config.select_block, max(p.dk, p.dv) * size
     ratio = block // config.compress_stride
-    step = triton.next_power_of_2(ratio)
+    step = next_power_of_2(ratio)
     bj, blocks = max(1, min(128, SPLIT_BYTES[size] // widest) // step), config.num_select_blocks(k.shape[2])
-    while bj * step > 32 and groups * triton.cdiv(blocks, bj) < cores(device):  # few rows: short ways
+    while bj * step > 32 and groups * cdiv(blocks, bj) < cores(device):  # few rows: short ways
         bj //= 2
-    tiles = triton.cdiv(blocks, bj)
+    tiles = cdiv(blocks, bj)
     splits, per = _share(tiles, groups, _programs(SPLIT_STAGES[size] - 1, 2 * bj * step * widest, device))
     heads = {"G": g, "R": r, "RM": max(LEAST_ROWS, p.rp), "D": d, "E": e, "DK": p.dk, "DV": p.dv, "PRECISION": p.precision}
     shape = {"LENGTH": config.compress_block, "STRIDE": config.compress_stride, "RATIO": ratio}
@@ -314,27 +314,27 @@ def decode_attention(
         num_warps=WARPS[size], num_stages=SPLIT_STAGES[size], **late,
     )  # fmt: skip
     (scores,) = _floats(device, (groups, tiles, bj))
-    splits_up = triton.next_power_of_2(splits)
-    parts, per = _even(tiles, triton.cdiv(tiles * groups, SMALL_PROGRAMS * cores(device)))
+    splits_up = next_power_of_2(splits)
+    parts, per = _even(tiles, cdiv(tiles * groups, SMALL_PROGRAMS * cores(device)))
     block_scores[(groups * parts,)](
         positions, cmp_max, cmp_sum, top, own, right, scores, splits, tiles, parts, per, G=g, R=r, RP=p.rp, **shape,
         BLOCK=block, BJ=bj, SPLITS_UP=splits_up, num_warps=4, **late,
     )  # fmt: skip
     indices = torch.empty(b, g, 1, config.num_selected, dtype=torch.int32, device=device)
-    width = max(16, triton.next_power_of_2(tiles * bj))
+    width = max(16, next_power_of_2(tiles * bj))
     select_blocks[(groups,)](
         positions, scores, indices, tiles * bj, G=g, BLOCK=block, NUM=config.num_selected, NUM_INIT=config.num_init,
-        NUM_LOCAL=config.num_local, PLACES=triton.next_power_of_2(config.num_selected), WIDTH=width,
+        NUM_LOCAL=config.num_local, PLACES=next_power_of_2(config.num_selected), WIDTH=width,
         WAYS=max(1, min(16, COMPARISONS // width)), num_warps=max(1, min(16, width // 128)), **late,
     )  # fmt: skip
     ring = k_win is not None and v_win is not None
     keys, values = (k_win, v_win) if k_win is not None and v_win is not None else (k, v)
     bn = max(16, min(64, GATHER_BYTES[size] // widest))
-    while bn > 32 and groups * triton.cdiv(config.num_selected * block, bn) < 2 * cores(device):
+    while bn > 32 and groups * cdiv(config.num_selected * block, bn) < 2 * cores(device):
         bn //= 2
-    selected, window = (triton.cdiv(tokens, bn) for tokens in (config.num_selected * block, config.window))
+    selected, window = (cdiv(tokens, bn) for tokens in (config.num_selected * block, config.window))
     programs, most = _programs(GATHER_STAGES[size] - 1, 2 * bn * widest, device), 1
-    while groups * (triton.cdiv(selected, most) + triton.cdiv(window, most)) > programs and most < max(selected, window):
+    while groups * (cdiv(selected, most) + cdiv(window, most)) > programs and most < max(selected, window):
         most += 1
     selected, per_selected = _even(selected, most)
     window, per_window = _even(window, most)
@@ -347,10 +347,10 @@ def decode_attention(
     )  # fmt: skip
     out = torch.empty(b, h, 1, e, dtype=q.dtype, device=device)
     be = _channels(b * h, p.dv, device)
-    merge[(b * h, triton.cdiv(e, be))](
+    merge[(b * h, cdiv(e, be))](
         o_cmp, cmp_max, cmp_sum, o, top, total, gates, out, splits, selected + window, selected, gates.stride(0),
         gates.stride(1), gates.stride(3), H=h, R=r, E=e, BE=be, SPLITS_UP=splits_up,
-        SELECTED_UP=triton.next_power_of_2(selected), WINDOW_UP=triton.next_power_of_2(window), BRANCHES=3, num_warps=4,
+        SELECTED_UP=next_power_of_2(selected), WINDOW_UP=next_power_of_2(window), BRANCHES=3, num_warps=4,
         **late,
     )  # fmt: skip
     return out, indices
@@ -362,21 +362,21 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, positions: Tensor, scale
     (b, h, _, d), (g, places, e), device, size = q.shape, v.shape[1:], q.device, q.element_size()
     r, dk, dv, late = h // g, padded_dim(d), padded_dim(e), overlap(q.device)
     bn = max(16, min(128, SPLIT_BYTES[size] // (max(dk, dv) * size)))
-    tiles = triton.cdiv(places, bn)
+    tiles = cdiv(places, bn)
     splits, per = _share(tiles, b * g, _programs(SPLIT_STAGES[size] - 1, bn * (dk + dv) * size, device))
-    splits, per = _even(tiles, max(per, triton.cdiv(tiles, MOST_SPLITS)))
+    splits, per = _even(tiles, max(per, cdiv(tiles, MOST_SPLITS)))
     o, top, total = _floats(device, (b * g, splits, r, e), *((b * g, splits, r),) * 2)
     attend_split[(b * g * splits,)](
         q, k, v, positions, o, top, total, top, top, top, splits, per, tiles, scale * LOG2E, *q.stride()[:2], *k.stride()[:3],
-        *v.stride()[:3], G=g, R=r, RM=max(LEAST_ROWS, triton.next_power_of_2(r)), D=d, E=e, DK=dk, DV=dv,
+        *v.stride()[:3], G=g, R=r, RM=max(LEAST_ROWS, next_power_of_2(r)), D=d, E=e, DK=dk, DV=dv,
         PRECISION="ieee" if size == 4 else "tf32", LENGTH=1, STRIDE=1, RATIO=bn, STEP=bn, BJ=1, SUMS=False,
         num_warps=WARPS[size], num_stages=SPLIT_STAGES[size], **late,
     )  # fmt: skip
     out = torch.empty(b, h, 1, e, dtype=q.dtype, device=device)
     be = _channels(b * h, dv, device)
-    merge[(b * h, triton.cdiv(e, be))](
+    merge[(b * h, cdiv(e, be))](
         o, top, total, o, top, total, q, out, splits, splits, splits, 0, 0, 0, H=h, R=r, E=e, BE=be,
-        SPLITS_UP=triton.next_power_of_2(splits), SELECTED_UP=1, WINDOW_UP=1, BRANCHES=1, num_warps=4, **late,
+        SPLITS_UP=next_power_of_2(splits), SELECTED_UP=1, WINDOW_UP=1, BRANCHES=1, num_warps=4, **late,
     )  # fmt: skip
     return out
 
@@ -388,14 +388,14 @@ def _programs(buffers: int, tile: int, device: torch.device) -> int:
 
 def _share(tiles: int, groups: int, programs: int) -> tuple[int, int]:
     """Into how many of the programs a group's tiles go, and how many tiles each of them has."""
-    return _even(tiles, triton.cdiv(tiles, max(1, min(tiles, programs // groups))))
+    return _even(tiles, cdiv(tiles, max(1, min(tiles, programs // groups))))
 
 
 def _even(tiles: int, most: int) -> tuple[int, int]:
     """As few parts of at most `most` tiles as there need be, and the tiles of each."""
-    parts = triton.cdiv(tiles, most)
-    per = triton.cdiv(tiles, parts)
-    return triton.cdiv(tiles, per), per
+    parts = cdiv(tiles, most)
+    per = cdiv(tiles, parts)
+    return cdiv(tiles, per), per
 
 
 def _channels(heads: int, dim: int, device: torch.device) -> int:

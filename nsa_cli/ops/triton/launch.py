@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nsa_cli.ops.triton import attend, gates, selected, selected_gradient, selection, tuning
 from nsa_cli.ops.triton.index import Index, build_index
-from nsa_cli.ops.triton.problem import Problem, group_rows, head_rows
+from nsa_cli.ops.triton.problem import Problem, cdiv, group_rows, head_rows, next_power_of_2
 
 SCORE_ELEMENTS = 2**26
 """Float32 block scores alive at a time (256 MiB): importance and selection run in chunks of queries."""
@@ -33,6 +32,8 @@ ITEM = {"forward": 64, "backward": 128}
 """Queries an item of the inverted index, at most."""
 KEY_STAGES = {"num_stages": 2}
 """Of the finishing kernels' loops over forced keys; their tile's stages are those of the loop over partials."""
+SHARE_LOCAL = True
+"""Whether the newest forced blocks' part of the window is computed once for both branches, where these have the same keys."""
 KEY_BYTES = {2: 2**16, 4: 2**15}
 """A selected block's keys, or values, on chip at a time, by the bytes of a number (float32's products take registers)."""
 DKV_PROGRAMS = 2048
@@ -66,15 +67,14 @@ def _branch(branch: str) -> int:
 NAMES = {"cmp": "compressed", "win": "window"}
 
 
-def attend_forward(branch: str, q: Tensor, k: Tensor, v: Tensor, out: Tensor, p: Problem) -> Tensor:
-    """Writes a branch's output ("cmp" or "win") to `out`; returns its log-sum-exp [b, n, h]."""
-    lse = torch.empty(p.b, p.n, p.h, dtype=torch.float32, device=p.device)
+def attend_forward(branch: str, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, p: Problem) -> None:
+    """Writes a branch's output ("cmp" or "win") to `out`, and its log-sum-exp to `lse` [b, n, h]."""
     tile = _tile(NAMES[branch], p)
     # A compressed tile is one head's, so that its queries stay in shared memory; a window's is a group's, which needs fewer keys.
     single = branch == "cmp"
     m = tile.rows if single else _rows(tile, p)
     units, share, r, rp = (p.h, p.r, 1, 1) if single else (p.g, 1, p.r, p.rp)
-    grid = (triton.cdiv(p.n, m // rp) * p.b * units,)
+    grid = (cdiv(p.n, m // rp) * p.b * units,)
     attend.attend_forward[grid](
         _stays(q, rp, m, p.dk), head_rows(k, tile.keys, p.dk), head_rows(v, tile.keys, p.dv), _stays(out, rp, m, p.dv), lse,
         p.table("start"), p.table("base"), p.n, p.offset,
@@ -82,7 +82,6 @@ def attend_forward(branch: str, q: Tensor, k: Tensor, v: Tensor, out: Tensor, p:
         BRANCH=_branch(branch), **p.bounds(),
         M=m, BN=tile.keys, PRECISION=p.precision, **tile.options(),
     )  # fmt: skip
-    return lse
 
 
 def select(q: Tensor, k_cmp: Tensor, lse: Tensor, p: Problem) -> Tensor:
@@ -91,7 +90,7 @@ def select(q: Tensor, k_cmp: Tensor, lse: Tensor, p: Problem) -> Tensor:
     indices = torch.empty(p.b, p.g, p.n, config.num_selected, dtype=torch.int32, device=p.device)
     tile = _tile("importance", p)
     ratio = config.select_block // config.compress_stride
-    step = triton.next_power_of_2(ratio)
+    step = next_power_of_2(ratio)
     bn = max(tile.keys, 2 * step)
     rows = min(p.n, max(tile.rows, SCORE_ELEMENTS // (p.b * p.g * blocks) // tile.rows * tile.rows))
     scores = torch.empty(p.b * p.g * rows * blocks, dtype=torch.float32, device=p.device)
@@ -100,19 +99,19 @@ def select(q: Tensor, k_cmp: Tensor, lse: Tensor, p: Problem) -> Tensor:
     for t0 in range(0, p.n, rows):
         t1 = min(t0 + rows, p.n)
         reach = blocks if p.packed else config.num_select_blocks(t1 + p.offset)
-        key_tiles = triton.cdiv(reach, bn // step - 1)
-        grid = (p.b * p.g * triton.cdiv(t1 - t0, tile.rows) * key_tiles,)
+        key_tiles = cdiv(reach, bn // step - 1)
+        grid = (p.b * p.g * cdiv(t1 - t0, tile.rows) * key_tiles,)
         selection.block_importance[grid](
             d_q, k_cmp, lse, scores, *tables, t0, t1, p.n, p.offset, k_cmp.shape[2], blocks, p.b * p.g, key_tiles,
             p.scale_log2, k_cmp.stride(0), k_cmp.stride(1), k_cmp.stride(2), G=p.g, R=p.r, D=p.d, DK=p.dk,
             LENGTH=config.compress_block, STRIDE=config.compress_stride, BLOCK=config.select_block, STEP=step,
             PACKED=p.packed, BM=tile.rows, BN=bn, PRECISION=p.precision, **tile.options(),
         )  # fmt: skip
-        width = max(16, triton.next_power_of_2(reach))
+        width = max(16, next_power_of_2(reach))
         selection.select_top[(p.b * p.g * (t1 - t0),)](
             scores, indices, p.table("start"), p.table("sel_base"), t0, t1, p.n, p.offset, blocks, BLOCK=config.select_block,
             NUM=config.num_selected, NUM_INIT=config.num_init, NUM_LOCAL=config.num_local, PACKED=p.packed,
-            PLACES=triton.next_power_of_2(config.num_selected), WIDTH=width, num_warps=max(1, min(8, width // 2048)),
+            PLACES=next_power_of_2(config.num_selected), WIDTH=width, num_warps=max(1, min(8, width // 2048)),
         )  # fmt: skip
     return indices
 
@@ -129,16 +128,16 @@ class Selection:
         self.num_init = config.num_init if forced else 0
         self.num_local = config.num_local if forced else 0
         self.free = config.num_selected - self.num_init - self.num_local
-        whole = max(16, triton.next_power_of_2(config.select_block))
+        whole = max(16, next_power_of_2(config.select_block))
         self.bs = min(whole, max(16, KEY_BYTES[p.dtype.itemsize] // (max(p.dk, p.dv) * p.dtype.itemsize)))
         self.sub = whole // self.bs
-        self.places = triton.next_power_of_2(max(self.free, 1)) * self.sub
+        self.places = next_power_of_2(max(self.free, 1)) * self.sub
         self.causal = self.num_local == 0
-        a_row = max(self.free, 1) * self.sub * p.r * max(p.d, p.e) * p.dtype.itemsize
+        a_row = max(self.free, 1) * self.sub * p.rp * max(p.d, p.e) * p.dtype.itemsize
         wanted = max(UNIT_TOKENS[way], LEAST_LIST * p.select_blocks // max(self.free, 1))
         most = min(wanted, PART_BYTES[way] // a_row) // MOST_ROWS * MOST_ROWS  # whole tiles
-        self.chunk = min(max(most, MOST_ROWS), triton.cdiv(p.n, MOST_ROWS) * MOST_ROWS)
-        self.a_head = triton.cdiv(p.n, self.chunk)
+        self.chunk = min(max(most, MOST_ROWS), cdiv(p.n, MOST_ROWS) * MOST_ROWS)
+        self.a_head = cdiv(p.n, self.chunk)
         self.units = p.b * p.g * self.a_head
         self.index: Index | None = None
         if self.free > 0:
@@ -149,9 +148,13 @@ class Selection:
             )  # fmt: skip
         self.units_a_part = max(1, min(self.units, PART_BYTES[way] // (a_row * min(self.chunk, p.n))))
 
+    def part_rows(self) -> int:
+        """Rows (b g t) of the largest chunk of units."""
+        return self.units_a_part * min(self.chunk, self.p.n)
+
     def part_entries(self) -> int:
         """Entries of the largest chunk of units."""
-        return self.units_a_part * min(self.chunk, self.p.n) * self.free
+        return self.part_rows() * self.free
 
     def chunks(self) -> list[tuple[int, int, int]]:
         """(first unit, last unit + 1, first row (b g t)) of every chunk."""
@@ -169,8 +172,9 @@ class Selection:
         }  # fmt: skip
 
 
-def _at(x: Tensor) -> tuple[int, int, int]:
-    return x.stride(0), x.stride(1), x.stride(2)
+def _at(x: Tensor) -> tuple[int, ...]:
+    """What the kernels are told of where a tensor's rows are."""
+    return x.stride()[:3]
 
 
 @dataclass(frozen=True)
@@ -190,43 +194,47 @@ class Rest:
 
 
 def selected_forward(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, out: Tensor, p: Problem, *, forced: bool, rest: Rest | None = None
-) -> Tensor:
-    """Writes o_slc to `out`; returns its log-sum-exp. forced: as in Selection."""
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, out: Tensor, lse: Tensor, p: Problem, *, forced: bool,
+    rest: Rest | None = None,
+) -> None:  # fmt: skip
+    """Writes o_slc to `out`, and its log-sum-exp to `lse`. forced: as in Selection."""
     s = Selection(indices, p, forced=forced, way="forward")
-    lse = torch.empty(p.b, p.n, p.h, dtype=torch.float32, device=p.device)
     parts, finish = _tile("selected_parts", p), _tile("selected_finish", p)
     m_parts, m = _rows(parts, p), _rows(finish, p)
-    part_o = part_lse = None
+    part_o = part_lse = d_o = None
+    part_width = cdiv(p.e, 16 // p.dtype.itemsize) * (16 // p.dtype.itemsize)  # rows fit for the copy engine
+    entries, rows = s.part_entries(), s.part_rows()
     if s.index is not None:
-        entries = s.part_entries()
-        part_o = torch.empty(entries * s.sub, p.r, p.e, dtype=p.dtype, device=p.device)
-        part_lse = torch.empty(entries * s.sub, p.r, dtype=torch.float32, device=p.device)
-
+        part_o = torch.empty(1, s.free * s.sub, rows * p.rp, part_width, dtype=p.dtype, device=p.device)[..., : p.e]
+        part_lse = torch.empty(s.free * s.sub, rows * p.rp, dtype=torch.float32, device=p.device)
+        d_o = head_rows(part_o, m, p.dv)
     d_k, d_v = head_rows(k, finish.keys, p.dk), head_rows(v, finish.keys, p.dv)
     all_of = rest or Rest(k, v, q, out, out, lse, out)
     assert _at(out) == _at(all_of.total) == _at(all_of.o_cmp) == _at(all_of.o_win)
-    d_k_win, d_v_win = head_rows(all_of.k_win, finish.keys, p.dk), head_rows(all_of.v_win, finish.keys, p.dv)
+    shared = SHARE_LOCAL and rest is not None and all_of.k_win is k and all_of.v_win is v
+    shared = shared and 0 < s.num_local * p.config.select_block <= p.config.window
+    d_k_win = d_k if all_of.k_win is k else head_rows(all_of.k_win, finish.keys, p.dk)
+    d_v_win = d_v if all_of.v_win is v else head_rows(all_of.v_win, finish.keys, p.dv)
     for unit0, unit1, row0 in s.chunks():
         if s.index is not None:
             i = s.index
             selected.selected_parts[(i.most_items(unit1 - unit0, entries) * s.sub,)](
                 q, k, v, part_o, part_lse, i.entries, i.ends, i.items, i.item_list, i.item_start,
-                p.table("sel_start"), p.table("sel_end"), unit0 * i.blocks, unit1 * i.blocks, row0, p.n, p.offset, s.a_head,
-                i.blocks, p.scale_log2, *_at(q), *_at(k), *_at(v), G=p.g, R=p.r, RP=p.rp, D=p.d, E=p.e, DK=p.dk, DV=p.dv,
+                p.table("sel_start"), p.table("sel_end"), unit0 * i.blocks, unit1 * i.blocks, row0, rows, p.n, p.offset,
+                s.a_head, i.blocks, p.scale_log2, *_at(q), *_at(k), *_at(v), G=p.g, R=p.r, RP=p.rp, D=p.d, E=p.e,
+                EP=part_width, DK=p.dk, DV=p.dv,
                 BLOCK=p.config.select_block, BS=s.bs, SUB=s.sub, FREE=s.free, ITEM=i.item, CAUSAL=s.causal, PACKED=p.packed,
                 M=m_parts, PRECISION=p.precision, **parts.options(),
             )  # fmt: skip
-        grid = ((unit1 - unit0) * triton.cdiv(s.chunk, m // p.rp),)
+        grid = ((unit1 - unit0) * cdiv(s.chunk, m // p.rp),)
         selected.selected_finish[grid](
-            q, d_k, d_v, d_k_win, d_v_win, out, all_of.total, all_of.o_cmp, all_of.o_win, all_of.gates, indices, part_o,
-            part_lse, lse, all_of.lse_win, p.table("start"), unit0, row0, p.n, p.offset, s.a_head, s.chunk, cores(p.device),
+            q, d_k, d_v, d_k_win, d_v_win, out, all_of.total, all_of.o_cmp, all_of.o_win, all_of.gates, indices, d_o,
+            part_lse, lse, all_of.lse_win, p.table("start"), unit0, row0, rows, p.n, p.offset, s.a_head, s.chunk,
             p.scale_log2, *_at(q), *_at(out), *all_of.gates.stride(), G=p.g, R=p.r, RP=p.rp, D=p.d, E=p.e, DK=p.dk, DV=p.dv,
             PLACES=s.places,
             **s.constants(), M=m, BN=finish.keys, STAGES=finish.stages, PRECISION=p.precision, COMBINE=rest is not None,
-            **(finish.options() | KEY_STAGES),
+            SHARED=shared, **(finish.options() | KEY_STAGES),
         )  # fmt: skip
-    return lse
 
 
 def row_deltas(do: Tensor, branches: Tensor, gate: Tensor | None, p: Problem) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -238,7 +246,7 @@ def row_deltas(do: Tensor, branches: Tensor, gate: Tensor | None, p: Problem) ->
         gate32 = torch.empty_like(delta)
         dgates = torch.empty(p.b, p.n, p.h, count, dtype=gate.dtype, device=p.device)
     size, rows = 32, p.b * p.n * p.h
-    gates.row_deltas[(triton.cdiv(rows, size),)](
+    gates.row_deltas[(cdiv(rows, size),)](
         do, branches, gate, delta, gate32, dgates, rows, p.n, *_at(do), *(gate.stride() if gate is not None else (0,) * 4),
         branches.stride(0), branches.stride(2), H=p.h, E=p.e, DV=p.dv, BRANCHES=count, GATED=gate is not None, SIZE=size,
     )  # fmt: skip
@@ -254,7 +262,7 @@ def attend_dq(
     single = branch == "cmp"
     m = tile.rows if single else _rows(tile, p)
     units, share, r, rp = (p.h, p.r, 1, 1) if single else (p.g, 1, p.r, p.rp)
-    grid = (triton.cdiv(p.n, m // rp) * p.b * units,)
+    grid = (cdiv(p.n, m // rp) * p.b * units,)
     attend.attend_dq[grid](
         _stays(q, rp, m, p.dk), _stays(do, rp, m, p.dv), head_rows(k, tile.keys, p.dk), head_rows(v, tile.keys, p.dv),
         _stays(dq, rp, m, p.dk), lse, delta, gate, p.table("start"), p.table("base"), p.n, p.offset, p.b * units,
@@ -274,11 +282,11 @@ def attend_dkv(
     keys = k.shape[2] if keys is None else keys
     m = _rows(tile, p)
     step = m // p.rp
-    tiles = triton.cdiv(keys, tile.keys) * p.b * p.g
+    tiles = cdiv(keys, tile.keys) * p.b * p.g
     splits = 1
     if branch in ("cmp", "init"):  # long ranges of queries: split, and added up in order
-        splits = max(1, min(DKV_PROGRAMS // tiles, triton.cdiv(p.n, 8 * step), 64))
-    chunk = triton.cdiv(triton.cdiv(p.n, splits), step) * step
+        splits = max(1, min(DKV_PROGRAMS // tiles, cdiv(p.n, 8 * step), 64))
+    chunk = cdiv(cdiv(p.n, splits), step) * step
     dk = torch.empty(splits, p.b, keys, p.g, p.d, dtype=torch.float32, device=p.device)
     dv = torch.empty(splits, p.b, keys, p.g, p.e, dtype=torch.float32, device=p.device)
     attend.attend_dkv[(tiles * splits,)](
@@ -324,7 +332,8 @@ def selected_backward(
         part_dv = torch.empty(most, block, p.e, dtype=torch.float32, device=p.device)
     k_win, v_win, *win_rows = window or (k, v, None, None, None)
     d_k, d_v = head_rows(k, finish.keys, p.dk), head_rows(v, finish.keys, p.dv)
-    d_k_win, d_v_win = head_rows(k_win, finish.keys, p.dk), head_rows(v_win, finish.keys, p.dv)
+    d_k_win = d_k if k_win is k else head_rows(k_win, finish.keys, p.dk)
+    d_v_win = d_v if v_win is v else head_rows(v_win, finish.keys, p.dv)
     for unit0, unit1, row0 in s.chunks():
         if s.index is not None:
             selected_gradient.selected_gradient_parts[(i.most_items(unit1 - unit0, entries) * s.sub,)](
@@ -340,7 +349,7 @@ def selected_backward(
                 part_dk, part_dv, dk, dv, i.items, p.table("sel_start"), p.table("sel_end"), unit0, unit1, p.keys, s.a_head,
                 i.blocks, G=p.g, D=p.d, E=p.e, DK=p.dk, DV=p.dv, BLOCK=block, BS=s.bs, SUB=s.sub, PACKED=p.packed, num_warps=8,
             )  # fmt: skip
-        selected_gradient.selected_gradient_finish[((unit1 - unit0) * triton.cdiv(s.chunk, m // p.rp),)](
+        selected_gradient.selected_gradient_finish[((unit1 - unit0) * cdiv(s.chunk, m // p.rp),)](
             q, do, d_k, d_v, d_k_win, d_v_win, dq, part_dq, lse, delta, gate, *win_rows, indices, p.table("start"), unit0,
             row0, p.n, p.offset, s.a_head, s.chunk, cores(p.device), p.scale_log2, p.scale, *_at(q), *_at(do), *_at(dq), G=p.g,
             R=p.r, RP=p.rp, D=p.d,

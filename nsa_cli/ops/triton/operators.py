@@ -96,7 +96,8 @@ def compressed_forward(
     """(o_cmp, its log-sum-exp, block_indices)."""
     p = _problem(q, k_cmp, v_cmp, cu_seqlens, geometry, scale, k_cmp.shape[2])
     q, k_cmp, v_cmp, out = aligned(q), _blocks(k_cmp), _blocks(v_cmp), p.empty_rows(p.e)
-    lse = launch.attend_forward("cmp", q, k_cmp, v_cmp, out, p)
+    lse = _statistics(q)
+    launch.attend_forward("cmp", q, k_cmp, v_cmp, out, lse, p)
     return out, lse, launch.select(q, k_cmp, lse, p)
 
 
@@ -139,8 +140,8 @@ def selected_forward(
 ) -> tuple[Tensor, Tensor]:
     """(o_slc, its log-sum-exp) for any block_indices: no block is taken for forced."""
     p = _problem(q, k, v, cu_seqlens, geometry, scale)
-    out = p.empty_rows(p.e)
-    lse = launch.selected_forward(aligned(q), aligned(k), aligned(v), block_indices.contiguous(), out, p, forced=False)
+    out, lse = p.empty_rows(p.e), _statistics(q)
+    launch.selected_forward(aligned(q), aligned(k), aligned(v), block_indices.contiguous(), out, lse, p, forced=False)
     return out, lse
 
 
@@ -183,8 +184,9 @@ def window_forward(
 ) -> tuple[Tensor, Tensor]:
     """(o_win, its log-sum-exp)."""
     p = _problem(q, k, v, cu_seqlens, geometry, scale)
-    out = p.empty_rows(p.e)
-    return out, launch.attend_forward("win", aligned(q), aligned(k), aligned(v), out, p)
+    out, lse = p.empty_rows(p.e), _statistics(q)
+    launch.attend_forward("win", aligned(q), aligned(k), aligned(v), out, lse, p)
+    return out, lse
 
 
 @window_forward.register_fake
@@ -233,11 +235,13 @@ def attention_forward(
     k_win = k if k_win is None else aligned(k_win)
     v_win = v if v_win is None else aligned(v_win)
     k_cmp, v_cmp = _blocks(k_cmp), _blocks(v_cmp)
-    lse_cmp = launch.attend_forward("cmp", q_cmp, k_cmp, v_cmp, branches[0], p)
+    lse = _statistics(q, 3)
+    lse_cmp, lse_slc, lse_win = lse.unbind()
+    launch.attend_forward("cmp", q_cmp, k_cmp, v_cmp, branches[0], lse_cmp, p)
     indices = launch.select(q_cmp, k_cmp, lse_cmp, p)
-    rest = launch.Rest(k_win, v_win, gates, branches[0], branches[2], torch.empty_like(lse_cmp), out)
-    lse_slc = launch.selected_forward(q, k, v, indices, branches[1], p, forced=True, rest=rest)
-    return out, branches, torch.stack((lse_cmp, lse_slc, rest.lse_win)), indices
+    rest = launch.Rest(k_win, v_win, gates, branches[0], branches[2], lse_win, out)
+    launch.selected_forward(q, k, v, indices, branches[1], lse_slc, p, forced=True, rest=rest)
+    return out, branches, lse, indices
 
 
 def _branches(q: Tensor, width: int) -> Tensor:

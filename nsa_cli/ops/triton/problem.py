@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -16,6 +15,16 @@ from nsa_cli.config import NSAConfig
 LOG2E = 1.4426950408889634
 LEAST_DIM = 16
 """tl.dot's least inner dimension; smaller head dims are padded with zeros on chip."""
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is at least n. (Triton's takes 10 microseconds a call on the host; a launch takes 30.)"""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,7 @@ def make_documents(cu_seqlens: Tensor, tokens: int, compressed: int, config: NSA
 
 def padded_dim(dim: int) -> int:
     """A head dim as tiles have it."""
-    return max(LEAST_DIM, triton.next_power_of_2(dim))
+    return max(LEAST_DIM, next_power_of_2(dim))
 
 
 @dataclass(frozen=True)
@@ -96,39 +105,39 @@ class Problem:
     offset: int = 0
     """The first query's token: the queries are the last n of offset + n tokens. Packed documents have none."""
 
-    @property
+    @cached_property
     def keys(self) -> int:
         """Tokens that keys and values have."""
         return self.offset + self.n
 
-    @property
+    @cached_property
     def r(self) -> int:
         """Heads of a group."""
         return self.h // self.g
 
-    @property
+    @cached_property
     def rp(self) -> int:
         """r rounded up to a power of two: the rows that a token takes in a tile."""
-        return triton.next_power_of_2(self.r)
+        return next_power_of_2(self.r)
 
-    @property
+    @cached_property
     def dk(self) -> int:
         return padded_dim(self.d)
 
-    @property
+    @cached_property
     def dv(self) -> int:
         return padded_dim(self.e)
 
-    @property
+    @cached_property
     def scale_log2(self) -> float:
         return self.scale * LOG2E
 
-    @property
+    @cached_property
     def precision(self) -> str:
         """float32 products are exact float32, never TF32."""
         return "ieee" if self.dtype == torch.float32 else "tf32"
 
-    @property
+    @cached_property
     def packed(self) -> bool:
         return self.documents is not None
 
@@ -141,14 +150,12 @@ class Problem:
         """A table of the packed documents, None without them."""
         return None if self.documents is None else getattr(self.documents, name)
 
-    def bounds(self, num_init: int | None = None, num_local: int | None = None) -> dict[str, int | bool]:
+    def bounds(self) -> dict[str, int | bool]:
         """The constants that attend.key_bounds and query_bounds take."""
         config = self.config
         return {
             "LENGTH": config.compress_block, "STRIDE": config.compress_stride, "BLOCK": config.select_block,
-            "NUM_INIT": config.num_init if num_init is None else num_init,
-            "NUM_LOCAL": config.num_local if num_local is None else num_local,
-            "WINDOW": config.window, "PACKED": self.packed,
+            "NUM_INIT": config.num_init, "NUM_LOCAL": config.num_local, "WINDOW": config.window, "PACKED": self.packed,
         }  # fmt: skip
 
     def empty_rows(self, width: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_cli.config import NSAConfig
+from nsa_cli.ops.triton.problem import cdiv, next_power_of_2
 
 TILE = 2048
 """Elements on chip in one program: 16 a thread, two 16-byte loads in bf16."""
@@ -146,9 +147,9 @@ def _launch(kernel: Any, x: Tensor, rows: int, *arguments: Any, **constants: Any
     batch, groups, dim = x.shape[0], x.shape[1], x.shape[-1]
     if batch * groups * rows * dim == 0:
         return
-    block_d = triton.next_power_of_2(dim)
+    block_d = next_power_of_2(dim)
     block_r = max(1, TILE // block_d)
-    tiles = triton.cdiv(rows, block_r)
+    tiles = cdiv(rows, block_r)
     acc = tl.float64 if x.dtype == torch.float64 else tl.float32
     with torch.cuda.device_of(x):
         kernel[(batch * groups * tiles,)](
