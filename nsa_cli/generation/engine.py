@@ -254,9 +254,8 @@ class _Decoder(Protocol):
 class _Cached:
     """Rows that live in a key/value cache. On a GPU, by `Step`, and once some steps were made, the others replay a graph."""
 
-    def __init__(self, model: Transformer, cache: Cache, step: Step | None = None) -> None:
-        self._model, self._cache, self._steps = model, cache, 0
-        self._step = Step(model) if step is None and can_step(model) else step
+    def __init__(self, model: Transformer, cache: Cache, step: Step | None) -> None:
+        self._model, self._cache, self._step, self._steps = model, cache, step, 0
         self._captured: CapturedStep | None = None
 
     @property
@@ -334,6 +333,7 @@ class _Run:
     should_stop: ShouldStop | None
     logprobs: bool
     vocab: int
+    step: Step | None = None
     stats: GenerationStats = field(default_factory=GenerationStats)
 
     def batch(self, prompts: Sequence[tuple[int, Sequence[int]]], wave: int, chunk: int, use_cache: bool) -> None:
@@ -387,7 +387,9 @@ class _Run:
             logits = self.model(ids[:, start : start + chunk], cache=cache, counts=counts, last=True)
             here = [i for i, length in enumerate(lengths) if start < length <= start + chunk]
             found[here] = logits[here, 0]
-        return _Cached(self.model, cache), found
+        if self.step is None and can_step(self.model):
+            self.step = Step(self.model)
+        return _Cached(self.model, cache, self.step), found
 
     def _draw(self, own: list[_Decoder], logits: Tensor, rows: list[_Row], started: float) -> None:
         """One token a row a step, from the logits of what follows each, until every row has ended. own: the decoder, which

@@ -164,11 +164,16 @@ class Cache:
         """Bytes of one number; 0 of an empty cache."""
         return next((b.element_size() for layer in self.layers for b in layer.buffers.values()), 0)
 
+    def room(self, tokens: int) -> int:
+        """The capacity that `tokens` tokens a sequence ask for: this one, or more by whole pages and a quarter at least, so that
+        growing costs little."""
+        if tokens <= self.capacity:
+            return self.capacity
+        return -(-max(tokens, self.capacity + self.capacity // 4) // PAGE) * PAGE
+
     def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` tokens a sequence: whole pages, and a quarter more at least, so that growing costs little."""
-        if tokens > self.capacity:
-            wanted = max(tokens, self.capacity + self.capacity // 4)
-            self.capacity = -(-wanted // PAGE) * PAGE
+        """Make room for `tokens` tokens a sequence in every buffer that is made or written from now on."""
+        self.capacity = self.room(tokens)
 
     def span(self, tokens: int, counts: Sequence[int] | None = None) -> Span:
         """Where the next `tokens` tokens of every row go, of which the first counts[b] are real; room is made for them."""
@@ -186,7 +191,7 @@ class Cache:
     def advance(self, span: Span) -> None:
         """Count the span's tokens, once all layers hold them."""
         self.host_lengths = span.ends
-        self.lengths = span.first + span.number
+        self.lengths += span.number  # in place: a captured graph reads and counts them there
 
     def mark(self) -> Mark:
         """Where every row stands now. Costs a copy of the rings."""

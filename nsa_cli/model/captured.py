@@ -3,74 +3,95 @@
 from __future__ import annotations
 
 import warnings
+from functools import cache
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from nsa_cli.model.cache import Cache
+from nsa_cli.model.cache import Cache, Mark
 from nsa_cli.model.step import Step
 
-WARM_UPS = 2
-"""Steps before a capture, in which kernels are compiled and libraries make their handles."""
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all captures: libraries keep a workspace for every stream that they have seen."""
+    return torch.cuda.Stream(device)
 
 
 class CapturedStep:
     """`model(ids, cache=cache)` for one token a row, by `Step`: replayed, with the same two graphs for every length up to the
-    cache's capacity, one for the steps that complete a compressed block in some row and one for the others."""
+    cache's capacity, one for the steps that complete a compressed block in some row and one for the others.
+
+    Where the kernels cannot run, steps are the model's own; where no graph can be captured, they are made launch by launch:
+    slower and right, and told once for each `Step`.
+    """
 
     def __init__(self, step: Step, cache: Cache) -> None:
         self.step, self.cache = step, cache
         self.ids = torch.zeros(len(cache.host_lengths), dtype=torch.int64, device=cache.device)
         self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self.refused = False
-        step.reserve(cache)
+        self.capacity = 0
 
     def __call__(self, ids: Tensor, *, capture: bool = True) -> Tensor:
         """Append ids int64 [rows]; logits float32 [rows, vocab] of what follows, overwritten by the next call.
 
         capture: whether a graph may be made now, which takes as long as some steps.
         """
-        cache = self.cache
-        if cache.longest + 1 > cache.capacity:
-            self.step.reserve(cache)
-            self.graphs = {}
-        blocks = self.step.completes(cache)
-        if blocks not in self.graphs and capture and not self.refused:
-            self._try_to_capture(blocks)
+        cache, step = self.cache, self.step
+        if cache.longest + 1 > self.capacity or cache.capacity != self.capacity:
+            step.reserve(cache)
+            self.graphs, self.capacity = {}, cache.capacity
         self.ids.copy_(ids)
+        blocks = step.completes(cache)
+        if capture and step.can_capture and blocks in step.proven and blocks not in self.graphs:
+            self._try_to_capture(blocks)
         if blocks in self.graphs:
             graph, logits = self.graphs[blocks]
             graph.replay()
-        else:
-            logits = self.step(self.ids, cache, blocks=blocks)
+        elif step.can_run:
+            logits = self._launched(blocks)
+        if not step.can_run:
+            return cast(Tensor, step.model(self.ids[:, None], cache=cache))[:, -1]
         cache.host_lengths = [length + 1 for length in cache.host_lengths]
         return logits
 
-    def _try_to_capture(self, blocks: bool) -> None:
-        """A step that cannot be captured here (a driver, a library) is made launch by launch, slower and right: told once."""
-        mark, stream = self.cache.mark(), torch.cuda.current_stream(self.cache.device) if torch.cuda.is_available() else None
+    def _launched(self, blocks: bool) -> Tensor:
+        """A step without a graph. The first of each kind shows whether the kernels can be compiled and run here."""
+        if blocks in self.step.proven:
+            return self.step(self.ids, self.cache, blocks=blocks)
+        mark = self.cache.mark()
         try:
-            self._capture(blocks)
+            logits = self.step(self.ids, self.cache, blocks=blocks)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:
+        except Exception as error:  # Triton's own: no compiler, too little on-chip memory
+            self.cache.back_to(mark)
+            self.step.can_run = False
+            _tell("decoding goes on without kernels of its own, which cannot run here", error)
+            return self.ids
+        self.step.proven.add(blocks)
+        return logits
+
+    def _try_to_capture(self, blocks: bool) -> None:
+        mark, stream = self.cache.mark(), torch.cuda.current_stream(self.cache.device) if torch.cuda.is_available() else None
+        try:
+            self._capture(blocks, mark)
+        except RuntimeError as error:  # a driver, a library, or the graph's own memory
             if stream is not None:  # a capture that failed leaves its own behind
                 torch.cuda.set_stream(stream)
                 torch.cuda.synchronize(self.cache.device)
-            self.graphs, self.refused = {}, True
+            self.graphs, self.step.can_capture = {}, False
             self.cache.back_to(mark)
-            reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-            warnings.warn(f"decoding goes on without a CUDA graph, which could not be captured: {reason}", stacklevel=3)
+            _tell("decoding goes on without a CUDA graph, which could not be captured", error)
 
-    def _capture(self, blocks: bool) -> None:
+    def _capture(self, blocks: bool, mark: Mark) -> None:
         cache, device = self.cache, self.cache.device
-        mark = cache.mark()
-        stream = torch.cuda.Stream(device)
+        stream = _stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                self.step(self.ids, cache, blocks=blocks)
-                cache.back_to(mark)
+        with torch.cuda.stream(stream):  # libraries make their handles for the stream
+            self.step(self.ids, cache, blocks=blocks)
+            cache.back_to(mark)
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         pool = next((other.pool() for other, _ in self.graphs.values()), None)
@@ -78,3 +99,8 @@ class CapturedStep:
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             logits = self.step(self.ids, cache, blocks=blocks)
         self.graphs[blocks] = (graph, logits)
+
+
+def _tell(what: str, error: Exception) -> None:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    warnings.warn(f"{what}: {reason}", stacklevel=4)

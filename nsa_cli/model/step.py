@@ -25,22 +25,31 @@ from nsa_cli.ops.decode import fits
 
 
 def can_step(model: Transformer) -> bool:
-    """Whether `Step` does the model's steps: on a CUDA GPU, sparse ones with Triton's kernels, in the weights' own precision."""
+    """Whether `Step` does the model's steps: on a CUDA GPU, sparse ones with Triton's kernels, in the weights' own precision,
+    with nobody who watches the layers."""
     if model.device.type != "cuda" or isinstance(model, FSDPModule):  # whose passes gather weights from other processes
         return False
     if torch.is_autocast_enabled("cuda") or importlib.util.find_spec("triton") is None:
         return False
-    config, size = model.config, model.token_emb.weight.element_size()
+    from nsa_cli.ops.triton.operators import DTYPES, MOST
+
+    config, dtype = model.config, model.token_emb.weight.dtype
     if config.nsa is None:
-        return config.dim_head <= 256
-    return model.kernel == "triton" and fits(config.nsa, config.dim_head, size)
+        return dtype in DTYPES and config.dim_head <= MOST["head dim"] and config.group <= MOST["heads a group"]
+    watched = any(getattr(block.attn, "recorder", None) is not None for block in model.layers)
+    return model.kernel == "triton" and not watched and fits(config.nsa, config.dim_head, dtype.itemsize)
 
 
 class Step:
-    """Steps of one model, whose weights must not change meanwhile: projections of one input are kept side by side."""
+    """Steps of one model, whose weights must not change meanwhile: projections of one input are kept side by side.
+
+    proven: the kinds of steps (with blocks, or not) that have run here. can_run, can_capture: False once they could not.
+    """
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
+        self.proven: set[bool] = set()
+        self.can_run = self.can_capture = True
         self.sets = 3 if model.config.nsa is not None and model.config.nsa.branch_kv == "independent" else 1
         with torch.no_grad():
             self.weights = [torch.cat([layer.weight for layer in _projections(block)]) for block in self._blocks()]
@@ -57,15 +66,15 @@ class Step:
 
     def reserve(self, cache: Cache) -> None:
         """Room for one more token, in buffers that stay where they are until there is none."""
-        cache.reserve(cache.longest + 1)
-        nsa = self.model.config.nsa
-        sizes = {"k": cache.capacity, "v": cache.capacity}
+        nsa, room = self.model.config.nsa, cache.room(cache.longest + 1)
+        sizes = {"k": room, "v": room}
         if nsa is not None:
-            blocks = nsa.num_compressed(cache.capacity)
-            sizes = {"k_slc": cache.capacity, "v_slc": cache.capacity, "k_cmp": blocks, "v_cmp": blocks}
+            blocks = nsa.num_compressed(room)
+            sizes = {"k_slc": room, "v_slc": room, "k_cmp": blocks, "v_cmp": blocks}
         for layer in cache.layers:
             for name, places in sizes.items():
                 layer.buffer(name, layer.buffers[name], places)
+        cache.capacity = room
 
     def __call__(self, ids: Tensor, cache: Cache, *, blocks: bool) -> Tensor:
         """Logits float32 [b, vocab] of what follows ids int64 [b]. cache: not empty, with room (`reserve`); its lengths on the

@@ -75,8 +75,9 @@ def decode_attention(
 
 
 def fits(config: NSAConfig, width: int, itemsize: int) -> bool:
-    """Whether the compressed keys of one selection block, which a kernel takes at a time, fit on a chip."""
-    return config.select_block // config.compress_stride * width * itemsize <= CHIP_BYTES
+    """Whether the compressed keys of one selection block, which a kernel takes at a time, fit on a chip (rounded up)."""
+    ratio = config.select_block // config.compress_stride
+    return (1 << (ratio - 1).bit_length()) * max(16, 1 << (width - 1).bit_length()) * itemsize <= CHIP_BYTES
 
 
 def _compressed(

@@ -8,7 +8,9 @@
     windows       compression's memory movement
     problem       sizes, packed documents' tables, descriptors of one call
     launch        grids and launches, a branch at a time
-    decode        one query a sequence against its cache, four kernels of its own
+    decode        one query a sequence against its cache, kernels of its own
+    append        a token's projections into the cache, before decode
+    overlap       launches that begin while the kernel before still runs
     operators     PyTorch's custom ops over them, with gradients
     tuning        launch configurations
 
