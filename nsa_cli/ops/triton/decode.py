@@ -47,8 +47,8 @@ COMPARISONS = 2**15
 CORE_BYTES = 226 * 2**10
 """On-chip memory of a multiprocessor, and what a program takes beside its tiles."""
 PROGRAM_BYTES = 8 * 2**10
-MERGE_PROGRAMS = 8
-"""Programs of merge that a multiprocessor should get."""
+SMALL_PROGRAMS = 8
+"""Programs of block_scores and of merge that a multiprocessor should get."""
 
 
 @triton.jit
@@ -128,35 +128,34 @@ def attend_split(
     store_part(p_o, p_max, p_sum, b_o, b_max, b_sum, o_part, m_r, E, DV)
 
 
-@triton.jit(do_not_specialize=["SPLITS", "TILES"])
+@triton.jit(do_not_specialize=["SPLITS", "TILES", "PARTS", "PER"])
 def block_scores(
-    p_at, p_max, p_sum, p_top, p_own, p_next, p_scores, SPLITS, TILES, G: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
-    LENGTH: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr, BLOCK: tl.constexpr, BJ: tl.constexpr,
+    p_at, p_max, p_sum, p_top, p_own, p_next, p_scores, SPLITS, TILES, PARTS, PER, G: tl.constexpr, R: tl.constexpr,
+    RP: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr, BLOCK: tl.constexpr, BJ: tl.constexpr,
     SPLITS_UP: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """imp[j] = sum over a group's heads of the merged block sums, of the BJ blocks of one tile."""
+    """imp[j] = sum over a group's heads of the merged block sums, of the blocks of PER tiles."""
     follow(OVERLAP)
-    i_bg, i_tile = (tl.program_id(0) // TILES).to(tl.int64), tl.program_id(0) % TILES
+    i_bg, i_part = (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(0) % PARTS
     at = tl.load(p_at + i_bg // G).to(tl.int32)
-    current, count = at // BLOCK, blocks_seen(at + 1, LENGTH, STRIDE)
-    o_i = tl.arange(0, BJ)
-    o_j = i_tile * BJ + o_i
-    if i_tile * BJ <= current:
-        o_r, o_s = tl.arange(0, RP), tl.arange(0, SPLITS_UP)
-        m_r = (o_r < R)[:, None]
-        o_split = (i_bg * SPLITS + o_s)[None, :] * R + o_r[:, None]
-        m_s = m_r & (o_s < SPLITS)[None, :]
-        b_max = tl.load(p_max + o_split, mask=m_s, other=LEAST)
-        b_sum = tl.load(p_sum + o_split, mask=m_s, other=0.0)
+    count = blocks_seen(at + 1, LENGTH, STRIDE)
+    o_i, o_r, o_s = tl.arange(0, BJ), tl.arange(0, RP), tl.arange(0, SPLITS_UP)
+    m_r = (o_r < R)[:, None]
+    o_split = (i_bg * SPLITS + o_s)[None, :] * R + o_r[:, None]
+    m_s = m_r & (o_s < SPLITS)[None, :]
+    b_max = tl.load(p_max + o_split, mask=m_s, other=LEAST)
+    b_sum = tl.load(p_sum + o_split, mask=m_s, other=0.0)
+    top = tl.max(b_max, 1)
+    total = tl.sum(b_sum * tl.exp2(b_max - top[:, None]), 1)
+    lse = tl.where(total > 0, top + tl.log2(tl.maximum(total, 1e-30)), float("inf"))
+    last = tl.minimum((i_part + 1) * PER, at // BLOCK // BJ + 1)
+    for i_tile in range(i_part * PER, last):
+        o_j = i_tile * BJ + o_i
         m_own = m_r & (o_j * RATIO < count)[None, :]
         o_own = (i_bg * TILES + i_tile) * R + o_r
         b_own = tl.load(p_own + o_own[:, None] * BJ + o_i[None, :], mask=m_own, other=0.0)
-        b_top = tl.load(p_top + o_own, mask=o_r < R, other=LEAST)
-        top = tl.max(b_max, 1)
-        total = tl.sum(b_sum * tl.exp2(b_max - top[:, None]), 1)
-        lse = tl.where(total > 0, top + tl.log2(tl.maximum(total, 1e-30)), float("inf"))
-        seen = i_tile * BJ * RATIO < count  # otherwise nothing was left here
-        b_score = tl.sum(b_own * tl.where(seen, tl.exp2(b_top - lse), 0.0)[:, None], 0)
+        b_top = tl.load(p_top + o_own, mask=o_r < tl.where(i_tile * BJ * RATIO < count, R, 0), other=LEAST)
+        b_score = tl.sum(b_own * tl.exp2(b_top - lse)[:, None], 0)
         if LENGTH > STRIDE:
             o_left = tl.maximum(o_j - 1, 0)
             m_left = m_r & ((o_j > 0) & ((o_j - 1) * RATIO < count))[None, :]
@@ -206,27 +205,32 @@ def gather_split(
     b_max = tl.full([RM], LEAST, tl.float32)
     b_sum = tl.zeros([RM], tl.float32)
     b_o = tl.zeros([RM, DV], tl.float32)
-    if i_part < SELECTED_PARTS:
+    is_selected = i_part < SELECTED_PARTS
+    if is_selected:
         p_keys, p_values = p_k + i_b * stride_kb + i_g * stride_kg, p_v + i_b * stride_vb + i_g * stride_vg
+        step_k, step_v = stride_ks, stride_vs
         first = i_part * PER_SELECTED
-        for i_tile in range(first, tl.minimum(first + PER_SELECTED, SELECTED_TILES)):
-            o_a = i_tile * BN + o_n
-            block = tl.load(p_indices + i_bg.to(tl.int64) * NUM + o_a // BLOCK, mask=o_a < NUM * BLOCK, other=-1)
-            o_s = block * BLOCK + o_a % BLOCK
-            m_s = (block >= 0) & (o_s < length)
-            b_k = load_tile(p_keys, o_s.to(tl.int64) * stride_ks, m_s, D, DK, "evict_first")
-            b_v = load_tile(p_values, o_s.to(tl.int64) * stride_vs, m_s, E, DV, "evict_first")
-            b_max, b_sum, b_o, _ = one_more(b_q, b_k, b_v, m_s, b_max, b_sum, b_o, scale, PRECISION)
+        last = tl.minimum(first + PER_SELECTED, SELECTED_TILES)
     else:
         p_keys, p_values = p_k_win + i_b * stride_wkb + i_g * stride_wkg, p_v_win + i_b * stride_wvb + i_g * stride_wvg
+        step_k, step_v = stride_wks, stride_wvs
         first = (i_part - SELECTED_PARTS) * PER_WINDOW
-        for i_tile in range(first, tl.minimum(first + PER_WINDOW, WINDOW_TILES)):
-            o_a = i_tile * BN + o_n
-            m_s = (o_a < WINDOW) & (o_a < length)
-            o_s = o_a if RING else tl.maximum(length - 1 - o_a, 0)
-            b_k = load_tile(p_keys, o_s.to(tl.int64) * stride_wks, m_s, D, DK, "evict_first")
-            b_v = load_tile(p_values, o_s.to(tl.int64) * stride_wvs, m_s, E, DV, "evict_first")
-            b_max, b_sum, b_o, _ = one_more(b_q, b_k, b_v, m_s, b_max, b_sum, b_o, scale, PRECISION)
+        last = tl.minimum(first + PER_WINDOW, WINDOW_TILES)
+    o_a = first * BN + o_n
+    chosen = tl.where(is_selected, NUM * BLOCK, 0)
+    p_chosen = p_indices + i_bg.to(tl.int64) * NUM
+    b_block = tl.load(p_chosen + o_a // BLOCK, mask=o_a < chosen, other=-1)
+    for _ in range(first, last):
+        o_s = b_block * BLOCK + o_a % BLOCK
+        m_s = (b_block >= 0) & (o_s < length)
+        o_win = o_a if RING else tl.maximum(length - 1 - o_a, 0)
+        o_s = tl.where(is_selected, o_s, o_win).to(tl.int64)
+        m_s = tl.where(is_selected, m_s, (o_a < WINDOW) & (o_a < length))
+        o_a += BN  # the next tile's blocks are asked for before this one's keys
+        b_block = tl.load(p_chosen + o_a // BLOCK, mask=o_a < chosen, other=-1)
+        b_k = load_tile(p_keys, o_s * step_k, m_s, D, DK, "evict_first")
+        b_v = load_tile(p_values, o_s * step_v, m_s, E, DV, "evict_first")
+        b_max, b_sum, b_o, _ = one_more(b_q, b_k, b_v, m_s, b_max, b_sum, b_o, scale, PRECISION)
     o_part = tl.program_id(0).to(tl.int64) * R + o_r
     store_part(p_o, p_max, p_sum, b_o, b_max, b_sum, o_part, m_r, E, DV)
 
@@ -292,8 +296,10 @@ def decode_attention(
     r, block, widest = p.r, config.select_block, max(p.dk, p.dv) * size
     ratio = block // config.compress_stride
     step = next_power_of_2(ratio)
-    bj = max(1, min(128, SPLIT_BYTES[size] // widest) // step)
-    tiles = cdiv(config.num_select_blocks(k.shape[2]), bj)
+    bj, blocks = max(1, min(128, SPLIT_BYTES[size] // widest) // step), config.num_select_blocks(k.shape[2])
+    while bj * step > 32 and groups * cdiv(blocks, bj) < cores(device):  # few rows: short ways
+        bj //= 2
+    tiles = cdiv(blocks, bj)
     splits, per = _share(tiles, groups, _programs(SPLIT_STAGES[size] - 1, 2 * bj * step * widest, device))
     heads = {"G": g, "R": r, "RM": max(LEAST_ROWS, p.rp), "D": d, "E": e, "DK": p.dk, "DV": p.dv, "PRECISION": p.precision}
     shape = {"LENGTH": config.compress_block, "STRIDE": config.compress_stride, "RATIO": ratio}
@@ -309,9 +315,10 @@ def decode_attention(
     )  # fmt: skip
     (scores,) = _floats(device, (groups, tiles, bj))
     splits_up = next_power_of_2(splits)
-    block_scores[(groups * tiles,)](
-        positions, cmp_max, cmp_sum, top, own, right, scores, splits, tiles, G=g, R=r, RP=p.rp, **shape, BLOCK=block, BJ=bj,
-        SPLITS_UP=splits_up, num_warps=4, **late,
+    parts, per = _even(tiles, cdiv(tiles * groups, SMALL_PROGRAMS * cores(device)))
+    block_scores[(groups * parts,)](
+        positions, cmp_max, cmp_sum, top, own, right, scores, splits, tiles, parts, per, G=g, R=r, RP=p.rp, **shape,
+        BLOCK=block, BJ=bj, SPLITS_UP=splits_up, num_warps=4, **late,
     )  # fmt: skip
     indices = torch.empty(b, g, 1, config.num_selected, dtype=torch.int32, device=device)
     width = max(16, next_power_of_2(tiles * bj))
@@ -393,7 +400,7 @@ def _even(tiles: int, most: int) -> tuple[int, int]:
 
 def _channels(heads: int, dim: int, device: torch.device) -> int:
     """Channels of a program of merge: all, or fewer where there are few heads."""
-    return dim if heads >= MERGE_PROGRAMS * cores(device) else min(dim, 32)
+    return dim if heads >= SMALL_PROGRAMS * cores(device) else min(dim, 32)
 
 
 def _floats(device: torch.device, *shapes: tuple[int, ...]) -> list[Tensor]:

@@ -16,10 +16,10 @@ import triton.language as tl
 
 @triton.jit
 def follow(OVERLAP: tl.constexpr):
-    """Wait for the kernel before, with all that it waited for; let the next one be launched."""
+    """Let the next kernel be launched; wait for the one before, with all that it waited for."""
     if OVERLAP:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 @cache

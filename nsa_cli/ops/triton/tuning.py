@@ -65,6 +65,7 @@ TABLE: dict[str, dict[str, Tile]] = {
         "window_dkv/256": Tile(64, 64, 4, 2),
         "forced_dkv/256": Tile(64, 64, 4, 2),
         "selected_parts/256": Tile(64, 64, 4, 1, 128),
+        "selected_finish/256/16": Tile(64, 32, 4, 3, 168),
         "selected_finish/256": Tile(64, 64, 4, 4),
         "selected_gradient_parts/256": Tile(64, 64, 4, 2),
         "selected_gradient_finish/256": Tile(64, 64, 4, 5),
