@@ -105,6 +105,17 @@ def test_a_step_is_the_last_row_of_the_whole_operator(case: tuple[object, ...], 
     assert torch.equal(out, again)
 
 
+@pytest.mark.parametrize("case", [CASES[0], CASES[5], ((4, 1, 64, 5, 1, 2, 50), (2, 1, 16, 16), [700], 1024, True)], ids=str)
+def test_a_step_is_right_on_the_grid_of_a_large_gpu(case: tuple[object, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles and shares of 132 multiprocessors, on whatever runs this."""
+    monkeypatch.setattr("nsa_cli.ops.triton.decode.cores", lambda device: 132)
+    step = Step(case, DEVICE, torch.float32)
+    want, chosen = step.expected()
+    out, indices = step.run("triton")
+    assert torch.equal(indices, chosen)
+    assert relative_l2(out, want) < 2e-6
+
+
 def test_a_step_past_32k_tokens_is_right() -> None:
     case = ((32, 16, 64, 16, 1, 2, 512), (4, 1, 16, 16), [33_333, 32_769], 33_400, True)
     step = Step(case, DEVICE, torch.float32)

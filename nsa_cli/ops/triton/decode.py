@@ -297,7 +297,7 @@ def decode_attention(
     ratio = block // config.compress_stride
     step = next_power_of_2(ratio)
     bj, blocks = max(1, min(128, SPLIT_BYTES[size] // widest) // step), config.num_select_blocks(k.shape[2])
-    while bj * step > 32 and groups * cdiv(blocks, bj) < cores(device):  # few rows: short ways
+    while bj > 1 and bj * step > 32 and groups * cdiv(blocks, bj) < cores(device):  # few rows: short ways
         bj //= 2
     tiles = cdiv(blocks, bj)
     splits, per = _share(tiles, groups, _programs(SPLIT_STAGES[size] - 1, 2 * bj * step * widest, device))
