@@ -49,15 +49,16 @@ class CapturedStep:
         if blocks in self.graphs:
             graph, logits = self.graphs[blocks]
             graph.replay()
-        elif step.can_run:
-            logits = self._launched(blocks)
-        if not step.can_run:
-            return cast(Tensor, step.model(self.ids[:, None], cache=cache))[:, -1]
+        else:
+            launched = self._launched(blocks) if step.can_run else None
+            if launched is None:
+                return cast(Tensor, step.model(self.ids[:, None], cache=cache))[:, -1]
+            logits = launched
         cache.host_lengths = [length + 1 for length in cache.host_lengths]
         return logits
 
-    def _launched(self, blocks: bool) -> Tensor:
-        """A step without a graph. The first of each kind shows whether the kernels can be compiled and run here."""
+    def _launched(self, blocks: bool) -> Tensor | None:
+        """A step without a graph, None where the kernels cannot be compiled or run: the first of each kind shows it."""
         if blocks in self.step.proven:
             return self.step(self.ids, self.cache, blocks=blocks)
         mark = self.cache.mark()
@@ -69,7 +70,7 @@ class CapturedStep:
             self.cache.back_to(mark)
             self.step.can_run = False
             _tell("decoding goes on without kernels of its own, which cannot run here", error)
-            return self.ids
+            return None
         self.step.proven.add(blocks)
         return logits
 
