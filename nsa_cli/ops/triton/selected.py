@@ -205,13 +205,21 @@ def finish_selected(
         full = place_is_full(
             o_f // SUB, o_t[:, None], OFFSET, o_row[:, None], p_indices, p_start, BLOCK, NUM, FREE, NUM_INIT, NUM_LOCAL, PACKED
         )
-        b_lse = tl.load(p_part_lse + o_m[:, None] + o_f * (ROWS * RP), mask=full & m_m[:, None], other=float("-inf"))
+        full = full & m_m[:, None]
+        b_lse = tl.load(p_part_lse + o_m[:, None] + o_f * (ROWS * RP), mask=full, other=float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_lse, 1))
         b_scale = tl.exp2(b_max - b_new)
         b_max = b_new
         b_sum = b_sum * b_scale + tl.sum(tl.exp2(b_lse - b_max[:, None]), 1)
         b_acc = b_acc * b_scale[:, None]
-        for f in tl.range(0, most_places(t1, OFFSET, BLOCK, FREE, NUM_INIT, NUM_LOCAL, PACKED) * SUB, num_stages=STAGES):
+        places = most_places(t1, OFFSET, BLOCK, FREE, NUM_INIT, NUM_LOCAL, PACKED) * SUB
+        whole = places * 0  # of the first places all rows have a partial: nothing that is unwritten is read
+        if NUM_INIT + NUM_LOCAL > 0:
+            whole = tl.minimum(tl.min(tl.sum(full.to(tl.int32), 1), 0), places)
+        for f in tl.range(0, whole, num_stages=STAGES):
+            b_p = tl.exp2(tl.load(p_part_lse + o_m + f * (ROWS * RP)) - b_max)
+            b_acc += b_p[:, None] * d_o.load([0, f, i_part, 0]).reshape(M, DV).to(tl.float32)
+        for f in tl.range(whole, places, num_stages=1):
             m_f = m_m & place_is_full(
                 f // SUB, o_t, OFFSET, o_row, p_indices, p_start, BLOCK, NUM, FREE, NUM_INIT, NUM_LOCAL, PACKED
             )
