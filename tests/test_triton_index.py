@@ -12,8 +12,9 @@ from nsa_cli.benchmark.parity import poisoned
 from nsa_cli.config import NSAConfig
 from tests.inputs import cu
 
+Case = tuple[int, int, list[int], int, int, tuple[int, int, int], int, int]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CASES = {  # batch, groups, documents' tokens, offset, block, free + num_init + num_local, chunk, item
+CASES: dict[str, Case] = {  # batch, groups, documents' tokens, offset, block, free + num_init + num_local, chunk, item
     "one token": (1, 2, [1], 0, 4, (3, 1, 2), 128, 2),
     "every block in every list": (1, 1, [150], 0, 64, (4, 0, 0), 128, 64),
     "units and tiles that end early": (2, 2, [300], 0, 8, (3, 1, 1), 256, 5),
@@ -23,6 +24,12 @@ CASES = {  # batch, groups, documents' tokens, offset, block, free + num_init + 
     "packed documents": (1, 2, [1, 37, 0, 90, 5], 0, 4, (4, 1, 2), 128, 4),
     "packed documents, nothing forced": (1, 2, [30, 110], 0, 8, (5, 0, 0), 128, 4),
     "more blocks than a program counts": (1, 1, [400], 0, 4, (2, 1, 1), 384, 4),
+}
+"""What a GPU does besides: numbers of places that are no power of two, by which its compilers divide in their own ways."""
+ON_A_GPU: dict[str, Case] = {
+    f"{free} free places, {'packed' if len(lengths) > 1 else 'one document'}": (1, 2, lengths, 0, 16, (free, 1, 2), 1024, 64)
+    for free in (1, 2, 3, 5, 6, 7, 9, 12, 13)
+    for lengths in ([130, 1, 369, 400], [777])
 }
 
 
@@ -46,11 +53,23 @@ def some_lists(batch: int, groups: int, current: list[int], places: tuple[int, i
 @pytest.mark.parametrize("name", CASES)
 def test_the_index_is_the_naive_one(name: str, scratch: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     from nsa_cli.ops.triton import index
-    from nsa_cli.ops.triton.problem import make_documents
 
     if scratch is not None:
         monkeypatch.setattr(index, "SCRATCH", scratch)
-    batch, groups, lengths, offset, block, places, chunk, item = CASES[name]
+    assert_the_index_is_the_naive_one(CASES[name])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*CASES, *ON_A_GPU])
+def test_the_index_is_the_naive_one_on_a_gpu(name: str) -> None:
+    assert_the_index_is_the_naive_one((CASES | ON_A_GPU)[name])
+
+
+def assert_the_index_is_the_naive_one(case: Case) -> None:
+    from nsa_cli.ops.triton import index
+    from nsa_cli.ops.triton.problem import make_documents
+
+    batch, groups, lengths, offset, block, places, chunk, item = case
     free, init, local = places
     tokens = sum(lengths)
     position = [t + offset for length in lengths for t in range(length)]

@@ -78,9 +78,12 @@ def chosen_blocks(
 ):  # fmt: skip
     """Token, row (b g t), free place and block (over all documents) of the entries o_x of a tile, and whether they have one.
 
-    A place that is empty, or whose block is in the future, has none.
+    A place that is empty, or whose block is in the future, has none. Numbers are divided that are known at run time alone:
+    those that fit 16 bits by what the compiler knows end up in pairs, and ptxas 12.9 adds zero to one of those where it should
+    add two (FREE 3, one forced block and two).
     """
-    o_t, o_f = t0 + o_x // FREE, o_x % FREE
+    o_e = t0 * FREE + o_x
+    o_t, o_f = o_e // FREE, o_e % FREE
     m_x = (o_x < TILE * FREE) & (o_t < N)
     start, base = o_t * 0, o_t * 0
     if PACKED:

@@ -32,8 +32,6 @@ ITEM = {"forward": 64, "backward": 128}
 """Queries an item of the inverted index, at most."""
 KEY_STAGES = {"num_stages": 2}
 """Of the finishing kernels' loops over forced keys; their tile's stages are those of the loop over partials."""
-SHARE_LOCAL = True
-"""Whether the newest forced blocks' part of the window is computed once for both branches, where these have the same keys."""
 KEY_BYTES = {2: 2**16, 4: 2**15}
 """A selected block's keys, or values, on chip at a time, by the bytes of a number (float32's products take registers)."""
 DKV_PROGRAMS = 2048
@@ -211,8 +209,6 @@ def selected_forward(
     d_k, d_v = head_rows(k, finish.keys, p.dk), head_rows(v, finish.keys, p.dv)
     all_of = rest or Rest(k, v, q, out, out, lse, out)
     assert _at(out) == _at(all_of.total) == _at(all_of.o_cmp) == _at(all_of.o_win)
-    shared = SHARE_LOCAL and rest is not None and all_of.k_win is k and all_of.v_win is v
-    shared = shared and 0 < s.num_local * p.config.select_block <= p.config.window
     d_k_win = d_k if all_of.k_win is k else head_rows(all_of.k_win, finish.keys, p.dk)
     d_v_win = d_v if all_of.v_win is v else head_rows(all_of.v_win, finish.keys, p.dv)
     for unit0, unit1, row0 in s.chunks():
@@ -233,7 +229,7 @@ def selected_forward(
             p.scale_log2, *_at(q), *_at(out), *all_of.gates.stride(), G=p.g, R=p.r, RP=p.rp, D=p.d, E=p.e, DK=p.dk, DV=p.dv,
             PLACES=s.places,
             **s.constants(), M=m, BN=finish.keys, STAGES=finish.stages, PRECISION=p.precision, COMBINE=rest is not None,
-            SHARED=shared, **(finish.options() | KEY_STAGES),
+            **(finish.options() | KEY_STAGES),
         )  # fmt: skip
 
 

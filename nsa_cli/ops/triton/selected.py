@@ -125,18 +125,14 @@ def most_places(
 
 @triton.jit
 def attend_range(
-    b_q, b_acc, b_max, b_sum, d_k, d_v, p_start, i_b, i_g, t0, t1, o_t, OFFSET, scale, BRANCH: tl.constexpr,
-    BEFORE: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, NUM_INIT: tl.constexpr,
-    NUM_LOCAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    b_q, b_acc, b_max, b_sum, d_k, d_v, p_start, i_b, i_g, t0, t1, o_t, OFFSET, scale, BRANCH: tl.constexpr, DK: tl.constexpr,
+    DV: tl.constexpr, BLOCK: tl.constexpr, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr, WINDOW: tl.constexpr,
+    PACKED: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One online softmax over a tile's window, or its first, or newest, forced blocks; BEFORE: what lies before the newest."""
+    """One online softmax over a tile's window, or its first, or newest, forced blocks."""
     low, high = key_bounds(o_t, OFFSET, p_start, p_start, BRANCH, 1, 1, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED)
     from_key, all_to = key_bounds(t0, OFFSET, p_start, p_start, BRANCH, 1, 1, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED)
     all_from, to_key = key_bounds(t1, OFFSET, p_start, p_start, BRANCH, 1, 1, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED)
-    if BEFORE:
-        high, _ = key_bounds(o_t, OFFSET, p_start, p_start, LOCAL, 1, 1, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED)
-        all_to, _ = key_bounds(t0, OFFSET, p_start, p_start, LOCAL, 1, 1, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED)
-        to_key, _ = key_bounds(t1, OFFSET, p_start, p_start, LOCAL, 1, 1, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED)
     b_acc, b_max, b_sum = attend_keys(
         b_q, b_acc, b_max, b_sum, d_k, d_v, i_b, i_g, low, high, from_key, all_from, all_to, to_key, scale,
         DK, DV, BN, PRECISION,
@@ -146,22 +142,16 @@ def attend_range(
 
 @triton.jit
 def finish_window(
-    b_q, b_local, d_k, d_v, p_win, p_win_lse, p_start, i_b, i_g, t0, t1, o_t, OFFSET, o_out, o_lse, m_m, scale, E: tl.constexpr,
+    b_q, d_k, d_v, p_win, p_win_lse, p_start, i_b, i_g, t0, t1, o_t, OFFSET, o_out, o_lse, m_m, scale, E: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr,
     WINDOW: tl.constexpr, PACKED: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
-    SHARED: tl.constexpr,
 ):  # fmt: skip
-    """A tile's window branch. SHARED: its newest keys' part is in p_win, with the log-sum-exp b_local, and the rest follows."""
-    if SHARED:
-        b_max = b_local
-        b_sum = tl.full([M], 1.0, tl.float32)
-        b_acc = load_tile(p_win, o_out, m_m, E, DV, "").to(tl.float32)
-    else:
-        b_max = tl.full([M], -1e30, tl.float32)
-        b_sum = tl.zeros([M], tl.float32)
-        b_acc = tl.zeros([M, DV], tl.float32)
+    """A tile's window branch."""
+    b_max = tl.full([M], -1e30, tl.float32)
+    b_sum = tl.zeros([M], tl.float32)
+    b_acc = tl.zeros([M, DV], tl.float32)
     b_acc, b_max, b_sum = attend_range(
-        b_q, b_acc, b_max, b_sum, d_k, d_v, p_start, i_b, i_g, t0, t1, o_t, OFFSET, scale, WIN, SHARED, DK, DV, BLOCK, NUM_INIT,
+        b_q, b_acc, b_max, b_sum, d_k, d_v, p_start, i_b, i_g, t0, t1, o_t, OFFSET, scale, WIN, DK, DV, BLOCK, NUM_INIT,
         NUM_LOCAL, WINDOW, PACKED, BN, PRECISION,
     )  # fmt: skip
     b_acc = b_acc / b_sum[:, None]  # a query sees itself: b_sum > 0
@@ -172,32 +162,25 @@ def finish_window(
 
 @triton.jit
 def finish_selected(
-    b_q, d_k, d_v, p_out, p_win, p_lse, p_indices, d_o, p_part_lse, p_start, i_b, i_g, t0, t1, o_t, OFFSET, o_row, i_part,
-    ROWS, o_out, o_lse, m_m, scale, RP: tl.constexpr, E: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr,
+    b_q, d_k, d_v, p_out, p_lse, p_indices, d_o, p_part_lse, p_start, i_b, i_g, t0, t1, o_t, OFFSET, o_row, i_part, ROWS,
+    o_out, o_lse, m_m, scale, RP: tl.constexpr, E: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr,
     NUM: tl.constexpr, FREE: tl.constexpr, SUB: tl.constexpr, PLACES: tl.constexpr, NUM_INIT: tl.constexpr,
     NUM_LOCAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr, SHARED: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile's selected branch: its forced blocks, then its partials in the order of their places.
-
-    SHARED: what the newest forced blocks give goes to p_win; returns its log-sum-exp.
-    """
+    """A tile's selected branch: its forced blocks, then its partials in the order of their places."""
     b_max = tl.full([M], -1e30, tl.float32)
     b_sum = tl.zeros([M], tl.float32)
     b_acc = tl.zeros([M, DV], tl.float32)
-    b_local = b_sum
-    if NUM_LOCAL > 0:
-        b_acc, b_max, b_sum = attend_range(
-            b_q, b_acc, b_max, b_sum, d_k, d_v, p_start, i_b, i_g, t0, t1, o_t, OFFSET, scale, LOCAL, False, DK, DV, BLOCK,
-            NUM_INIT, NUM_LOCAL, WINDOW, PACKED, BN, PRECISION,
-        )  # fmt: skip
-        if SHARED:
-            b_local = b_max + tl.log2(b_sum)  # a query sees itself: b_sum > 0
-            store_tile(p_win, b_acc / b_sum[:, None], o_out, m_m, E, DV, "")
     if NUM_INIT > 0:
         b_acc, b_max, b_sum = attend_range(
-            b_q, b_acc, b_max, b_sum, d_k, d_v, p_start, i_b, i_g, t0, t1, o_t, OFFSET, scale, INIT, False, DK, DV, BLOCK,
-            NUM_INIT, NUM_LOCAL, WINDOW, PACKED, BN, PRECISION,
+            b_q, b_acc, b_max, b_sum, d_k, d_v, p_start, i_b, i_g, t0, t1, o_t, OFFSET, scale, INIT, DK, DV, BLOCK, NUM_INIT,
+            NUM_LOCAL, WINDOW, PACKED, BN, PRECISION,
+        )  # fmt: skip
+    if NUM_LOCAL > 0:
+        b_acc, b_max, b_sum = attend_range(
+            b_q, b_acc, b_max, b_sum, d_k, d_v, p_start, i_b, i_g, t0, t1, o_t, OFFSET, scale, LOCAL, DK, DV, BLOCK, NUM_INIT,
+            NUM_LOCAL, WINDOW, PACKED, BN, PRECISION,
         )  # fmt: skip
     if FREE > 0:
         o_m = tl.arange(0, M)
@@ -230,7 +213,6 @@ def finish_selected(
     b_one = tl.where(seen, b_sum, 1.0)
     tl.store(p_lse + o_lse, tl.where(seen, b_max + tl.log2(b_one), float("inf")), mask=m_m)
     store_tile(p_out, b_acc / b_one[:, None], o_out, m_m, E, DV, "")
-    return b_local
 
 
 @triton.jit(do_not_specialize=["UNIT0", "ROW0", "ROWS", "N", "OFFSET", "UNITS_A_HEAD", "CHUNK"])
@@ -241,13 +223,12 @@ def selected_finish(
     G: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, E: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BLOCK: tl.constexpr, NUM: tl.constexpr, FREE: tl.constexpr, SUB: tl.constexpr, PLACES: tl.constexpr,
     NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, M: tl.constexpr,
-    BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, COMBINE: tl.constexpr, SHARED: tl.constexpr,
+    BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, COMBINE: tl.constexpr,
 ):  # fmt: skip
     """o of a tile from its forced blocks and its partials.
 
     With COMBINE also the window branch, o_win, and total = g_cmp o_cmp + g_slc o + g_win o_win. All four outputs
-    have the same strides. SHARED: the window has the selected branch's keys and values and holds the newest forced blocks, whose
-    part of both is computed once. Three programs share a multiprocessor if this takes no more than 168 registers: hence one
+    have the same strides. Three programs share a multiprocessor if this takes no more than 168 registers: hence one
     order of things, partials through a descriptor, and 32 bits for a row's place in its tile.
     """
     BQ: tl.constexpr = M // RP
@@ -276,22 +257,16 @@ def selected_finish(
         o_lse = o_row * (G * R) + o_r
         o_out = o_row * stride_ot + o_r * stride_oh
         b_q = load_tile(p_q, row_offsets(i_b, i_g, o_t, o_r, stride_qb, stride_qh, stride_qt, R), m_m, D, DK, "")
-        if not COMBINE:
-            finish_selected(
-                b_q, d_k, d_v, p_out, p_win, p_lse, p_indices, d_o, p_part_lse, p_start, i_b, i_g, t0, t1, o_t, OFFSET, o_row,
-                i_part, ROWS, o_out, o_lse, m_m, scale, RP, E, DK, DV, BLOCK, NUM, FREE, SUB, PLACES, NUM_INIT, NUM_LOCAL,
-                WINDOW, PACKED, M, BN, STAGES, PRECISION, False,
-            )  # fmt: skip
-        else:
-            b_local = finish_selected(
-                b_q, d_k, d_v, p_out, p_win, p_lse, p_indices, d_o, p_part_lse, p_start, i_b, i_g, t0, t1, o_t, OFFSET, o_row,
-                i_part, ROWS, o_out, o_lse, m_m, scale, RP, E, DK, DV, BLOCK, NUM, FREE, SUB, PLACES, NUM_INIT, NUM_LOCAL,
-                WINDOW, PACKED, M, BN, STAGES, PRECISION, SHARED,
-            )  # fmt: skip
+        finish_selected(
+            b_q, d_k, d_v, p_out, p_lse, p_indices, d_o, p_part_lse, p_start, i_b, i_g, t0, t1, o_t, OFFSET, o_row, i_part, ROWS,
+            o_out, o_lse, m_m, scale, RP, E, DK, DV, BLOCK, NUM, FREE, SUB, PLACES, NUM_INIT, NUM_LOCAL, WINDOW, PACKED, M, BN,
+            STAGES, PRECISION,
+        )  # fmt: skip
+        if COMBINE:
             tl.debug_barrier()  # what this program's threads wrote may be read by others of them
             b_acc = finish_window(
-                b_q, b_local, d_k_win, d_v_win, p_win, p_win_lse, p_start, i_b, i_g, t0, t1, o_t, OFFSET, o_out, o_lse, m_m,
-                scale, E, DK, DV, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED, M, BN, PRECISION, SHARED,
+                b_q, d_k_win, d_v_win, p_win, p_win_lse, p_start, i_b, i_g, t0, t1, o_t, OFFSET, o_out, o_lse, m_m, scale, E, DK,
+                DV, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED, M, BN, PRECISION,
             )  # fmt: skip
             o_gate = o_row.to(tl.int64) * stride_gt + o_r.to(tl.int64) * stride_gh
             b_gate = tl.load(p_gates + o_gate + 2 * stride_gr, mask=m_m, other=0.0).to(tl.float32)
