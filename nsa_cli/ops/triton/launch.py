@@ -30,8 +30,6 @@ MOST_ROWS = 128
 """Of a tile, for a group of at most as many heads."""
 ITEM = {"forward": 64, "backward": 128}
 """Queries an item of the inverted index, at most."""
-KEY_STAGES = {"num_stages": 2}
-"""Of the finishing kernels' loops over forced keys; their tile's stages are those of the loop over partials."""
 KEY_BYTES = {2: 2**16, 4: 2**15}
 """A selected block's keys, or values, on chip at a time, by the bytes of a number (float32's products take registers)."""
 DKV_PROGRAMS = 2048
@@ -229,7 +227,7 @@ def selected_forward(
             p.scale_log2, *_at(q), *_at(out), *all_of.gates.stride(), G=p.g, R=p.r, RP=p.rp, D=p.d, E=p.e, DK=p.dk, DV=p.dv,
             PLACES=s.places,
             **s.constants(), M=m, BN=finish.keys, STAGES=finish.stages, PRECISION=p.precision, COMBINE=rest is not None,
-            **(finish.options() | KEY_STAGES),
+            **(finish.options() | {"num_stages": finish.key_stages}),
         )  # fmt: skip
 
 
@@ -350,7 +348,7 @@ def selected_backward(
             row0, p.n, p.offset, s.a_head, s.chunk, cores(p.device), p.scale_log2, p.scale, *_at(q), *_at(do), *_at(dq), G=p.g,
             R=p.r, RP=p.rp, D=p.d,
             E=p.e, DK=p.dk, DV=p.dv, **s.constants(), M=m, BN=finish.keys, STAGES=finish.stages, PRECISION=p.precision,
-            ADD=add, GATED=gate is not None, WINDOW_TOO=window is not None, **(finish.options() | KEY_STAGES),
+            ADD=add, GATED=gate is not None, WINDOW_TOO=window is not None, **(finish.options() | {"num_stages": finish.key_stages}),
         )  # fmt: skip
     return dk, dv
 
