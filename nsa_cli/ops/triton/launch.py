@@ -348,7 +348,8 @@ def selected_backward(
             row0, p.n, p.offset, s.a_head, s.chunk, cores(p.device), p.scale_log2, p.scale, *_at(q), *_at(do), *_at(dq), G=p.g,
             R=p.r, RP=p.rp, D=p.d,
             E=p.e, DK=p.dk, DV=p.dv, **s.constants(), M=m, BN=finish.keys, STAGES=finish.stages, PRECISION=p.precision,
-            ADD=add, GATED=gate is not None, WINDOW_TOO=window is not None, **(finish.options() | {"num_stages": finish.key_stages}),
+            ADD=add, GATED=gate is not None, WINDOW_TOO=window is not None,
+            **(finish.options() | {"num_stages": finish.key_stages}),
         )  # fmt: skip
     return dk, dv
 
