@@ -196,11 +196,11 @@ def finish_selected(
         b_sum = b_sum * b_scale + tl.sum(tl.exp2(b_lse - b_max[:, None]), 1)
         b_acc = b_acc * b_scale[:, None]
         places = most_places(t1, OFFSET, BLOCK, FREE, NUM_INIT, NUM_LOCAL, PACKED) * SUB
-        whole = places * 0  # of the first places all rows have a partial: nothing that is unwritten is read
+        whole = places * 0  # of the first places every real row has a partial: what is unwritten reaches no other row
         if NUM_INIT + NUM_LOCAL > 0:
-            whole = tl.minimum(tl.min(tl.sum(full.to(tl.int32), 1), 0), places)
+            whole = tl.minimum(tl.min(tl.where(m_m, tl.sum(full.to(tl.int32), 1), FREE * SUB), 0), places)
         for f in tl.range(0, whole, num_stages=STAGES):
-            b_p = tl.exp2(tl.load(p_part_lse + o_m + f * (ROWS * RP)) - b_max)
+            b_p = tl.exp2(tl.load(p_part_lse + o_m + f * (ROWS * RP), mask=m_m, other=float("-inf")) - b_max)
             b_acc += b_p[:, None] * d_o.load([0, f, i_part, 0]).reshape(M, DV).to(tl.float32)
         for f in tl.range(whole, places, num_stages=1):
             m_f = m_m & place_is_full(
