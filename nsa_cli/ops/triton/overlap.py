@@ -1,6 +1,8 @@
 """Programmatic dependent launch (Hopper and later): a kernel is launched while the one before still runs.
 
-Such a kernel begins with `follow`, before it reads or writes anything, and is launched with `overlap(device)`.
+Such a kernel is launched with `overlap(device)` and calls `follow` before it writes anything, or reads what the kernel just
+before it wrote. Since no kernel lets the next be launched before it has waited for the last, whatever was launched before that
+last one is complete, and may be read from the start.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -16,10 +18,10 @@ import triton.language as tl
 
 @triton.jit
 def follow(OVERLAP: tl.constexpr):
-    """Let the next kernel be launched; wait for the one before, with all that it waited for."""
+    """Wait for the kernel before, with all that it waited for; let the next one be launched."""
     if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @cache
