@@ -1,7 +1,8 @@
-"""One query a sequence against its cache: four kernels, each with as many programs as the chip can hold at once.
+"""One query a sequence against its cache: three or four kernels, each with as many programs as the chip can hold at once.
 
     attend_split       a share of the compressed keys: partial output, and the shares' block sums for importance
-    block_scores       merged log-sum-exp and importance of some blocks
+    block_scores       merged log-sum-exp and importance of some blocks; where they are few, gather_split makes it of all
+    select_blocks      the exact choice among more blocks than gather_split has room for
     gather_split       a share of the selected blocks, after the exact choice among all, or of the window: partial output
     merge              the partials of all three branches, gated and added up
 
@@ -10,7 +11,7 @@ of their tile, and is put right when the log-sum-exp is known. Lengths are read 
 that a captured graph serves every length. No atomics: partials are added in the order of their places. Dense attention is the
 first kernel, over all keys, and the last. A launch that waits for another takes 2 to 4 us however little it does, and what it
 reads one thing after another is most of that: so each kernel asks for all that it can at once, for some of it before the
-kernel before it is done (`overlap`).
+kernel before it is done (`overlap`): what this call was given, and what attend_split left, once that is two launches back.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -45,16 +46,18 @@ MOST_SPLITS = 64
 """Of dense attention's keys: beyond, merging takes longer than reading."""
 CHOICE_WIDTH = 2048
 """Scores of which each program of gather_split can make the selection; of more, select_blocks makes it."""
-COMPARISONS = {"gather": 2**13, "select": 2**15}
-"""Of scores with thresholds, at a time."""
+CHOICE_SUMS = 2**12
+"""Block sums, of heads, of which each program of gather_split can make the scores; of more, block_scores makes them."""
+WAYS = {"gather": (4, 2**12), "select": (1, 2**15)}
+"""Thresholds that scores are compared with at a time, at least, and comparisons, at most."""
 CORE_BYTES = 226 * 2**10
 """On-chip memory of a multiprocessor, and what a program takes beside its tiles."""
 PROGRAM_BYTES = 8 * 2**10
 MOST_PARTS = tl.constexpr(64)
 """Partials of a head that merge has at a time."""
-SUMS = 2**11
+SUMS = 2**10
 """Block sums, of heads, that a program of block_scores has."""
-MERGED = {"thread": 32, "program": 2**11}
+MERGED = {"thread": 64, "program": 2**12}
 """Numbers of partials that merge has a thread, and of several heads a program."""
 
 
@@ -135,55 +138,66 @@ def attend_split(
     store_part(p_o, p_max, p_sum, b_o, b_max, b_sum, o_part, m_r, E, DV)
 
 
+@triton.jit
+def tile_scores(
+    p_max, p_sum, p_top, p_own, p_next, i_bg, o_t, at, SPLITS, TILES, R: tl.constexpr, RP: tl.constexpr, LENGTH: tl.constexpr,
+    STRIDE: tl.constexpr, RATIO: tl.constexpr, BJ: tl.constexpr, SPLITS_UP: tl.constexpr,
+):  # fmt: skip
+    """The merged block sums, added up over a group's heads, of tiles o_t: what the keys of block j give to block j and to block
+    j + 1, two times [tiles, BJ]; zeros behind the last key."""
+    count = blocks_seen(at + 1, LENGTH, STRIDE)
+    o_r, o_i, o_s = tl.arange(0, RP), tl.arange(0, BJ), tl.arange(0, SPLITS_UP)
+    m_r = o_r < R
+    o_row = (i_bg * TILES + o_t)[:, None] * R + o_r[None, :]
+    m_row = (o_t * (BJ * RATIO) < count)[:, None] & m_r[None, :]
+    o_sum = o_row[:, :, None] * BJ + o_i[None, None, :]
+    b_own = tl.load(p_own + o_sum, mask=m_row[:, :, None], other=0.0)  # all is asked for before anything is waited for
+    b_next = tl.zeros_like(b_own)
+    if LENGTH > STRIDE:
+        b_next = tl.load(p_next + o_sum, mask=m_row[:, :, None], other=0.0)
+    b_top = tl.load(p_top + o_row, mask=m_row, other=LEAST)
+    o_split = (i_bg * SPLITS + o_s)[:, None] * R + o_r[None, :]
+    m_split = (o_s < SPLITS)[:, None] & m_r[None, :]
+    b_max = tl.load(p_max + o_split, mask=m_split, other=LEAST)
+    b_sum = tl.load(p_sum + o_split, mask=m_split, other=0.0)
+    top = tl.max(b_max, 0)
+    total = tl.sum(b_sum * tl.exp2(b_max - top[None, :]), 0)
+    lse = tl.where(total > 0, top + tl.log2(tl.maximum(total, 1e-30)), float("inf"))
+    b_weight = tl.exp2(b_top - lse[None, :])[:, :, None]
+    return tl.sum(b_own * b_weight, 1), tl.sum(b_next * b_weight, 1)
+
+
 @triton.jit(do_not_specialize=["SPLITS", "TILES", "PARTS", "WIDTH"])
 def block_scores(
     p_at, p_max, p_sum, p_top, p_own, p_next, p_scores, SPLITS, TILES, PARTS, WIDTH, G: tl.constexpr, R: tl.constexpr,
     RP: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr, BLOCK: tl.constexpr, BJ: tl.constexpr,
     BT: tl.constexpr, SPLITS_UP: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """The merged block sums, added up over a group's heads, of BT tiles: what the keys of block j give to block j (scores[0, j])
-    and to block j + 1 (scores[1, j + 1]), of which imp[j] is the sum. scores [2, WIDTH] a group; [1, 0] is not written."""
+    """`tile_scores` of BT tiles: what block j gets from its own keys (scores[0, j]) and from those of block j - 1
+    (scores[1, j]), of which imp[j] is the sum. scores [2, WIDTH] a group; [1, 0] is not written."""
     i_bg, i_part = (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(0) % PARTS
     at = tl.load(p_at + i_bg // G).to(tl.int32)
     follow(OVERLAP)
     if i_part * BT * BJ <= at // BLOCK:
-        count = blocks_seen(at + 1, LENGTH, STRIDE)
-        o_t, o_r, o_i, o_s = i_part * BT + tl.arange(0, BT), tl.arange(0, RP), tl.arange(0, BJ), tl.arange(0, SPLITS_UP)
-        m_r = o_r < R
-        o_row = (i_bg * TILES + o_t)[:, None] * R + o_r[None, :]
-        m_row = (o_t * (BJ * RATIO) < count)[:, None] & m_r[None, :]
-        o_sum = o_row[:, :, None] * BJ + o_i[None, None, :]
-        b_own = tl.load(p_own + o_sum, mask=m_row[:, :, None], other=0.0)  # all is asked for before anything is waited for
-        if LENGTH > STRIDE:
-            b_next = tl.load(p_next + o_sum, mask=m_row[:, :, None], other=0.0)
-        b_top = tl.load(p_top + o_row, mask=m_row, other=LEAST)
-        o_split = (i_bg * SPLITS + o_s)[:, None] * R + o_r[None, :]
-        m_split = (o_s < SPLITS)[:, None] & m_r[None, :]
-        b_max = tl.load(p_max + o_split, mask=m_split, other=LEAST)
-        b_sum = tl.load(p_sum + o_split, mask=m_split, other=0.0)
-        top = tl.max(b_max, 0)
-        total = tl.sum(b_sum * tl.exp2(b_max - top[None, :]), 0)
-        lse = tl.where(total > 0, top + tl.log2(tl.maximum(total, 1e-30)), float("inf"))
-        b_weight = tl.exp2(b_top - lse[None, :])[:, :, None]
-        o_j = o_t[:, None] * BJ + o_i[None, :]
+        o_t = i_part * BT + tl.arange(0, BT)
+        b_own, b_next = tile_scores(
+            p_max, p_sum, p_top, p_own, p_next, i_bg, o_t, at, SPLITS, TILES, R, RP, LENGTH, STRIDE, RATIO, BJ, SPLITS_UP
+        )
+        o_j = o_t[:, None] * BJ + tl.arange(0, BJ)[None, :]
         p_own_score = p_scores + i_bg * 2 * WIDTH
-        tl.store(p_own_score + o_j, tl.sum(b_own * b_weight, 1), mask=o_j < WIDTH)
+        tl.store(p_own_score + o_j, b_own, mask=o_j < WIDTH)
         if LENGTH > STRIDE:
-            tl.store(p_own_score + WIDTH + 1 + o_j, tl.sum(b_next * b_weight, 1), mask=o_j + 1 < WIDTH)
+            tl.store(p_own_score + WIDTH + 1 + o_j, b_next, mask=o_j + 1 < WIDTH)
 
 
 @triton.jit
-def choose(
-    p_scores, p_out, i_bg, current, LENGTH: tl.constexpr, STRIDE: tl.constexpr, NUM: tl.constexpr, NUM_INIT: tl.constexpr,
-    NUM_LOCAL: tl.constexpr, PLACES: tl.constexpr, WIDTH: tl.constexpr, WAYS: tl.constexpr,
-):  # fmt: skip
-    """Writes the forced blocks and the most important others of one group; what lies beyond `current` is read and not used."""
-    o_j = tl.arange(0, WIDTH)
+def stored_scores(p_scores, i_bg, o_j, WIDTH: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr):
+    """imp of blocks o_j as block_scores left it; without meaning beyond the query's own block."""
     p_score = p_scores + i_bg.to(tl.int64) * 2 * WIDTH + o_j
     b_score = tl.load(p_score)
     if LENGTH > STRIDE:
         b_score += tl.where(o_j > 0, tl.load(p_score + WIDTH), 0.0)
-    top_blocks(b_score, o_j, current, p_out, NUM, NUM_INIT, NUM_LOCAL, PLACES, WAYS)
+    return b_score
 
 
 @triton.jit
@@ -192,29 +206,32 @@ def select_blocks(
     NUM: tl.constexpr, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr, PLACES: tl.constexpr, WIDTH: tl.constexpr,
     WAYS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """`choose`, of more blocks than a program of gather_split has room for."""
+    """The selection of one group, of more blocks than a program of gather_split has room for."""
     i_bg = tl.program_id(0)
     current = tl.load(p_at + i_bg // G).to(tl.int32) // BLOCK
     follow(OVERLAP)
-    p_out = p_indices + i_bg.to(tl.int64) * NUM
-    choose(p_scores, p_out, i_bg, current, LENGTH, STRIDE, NUM, NUM_INIT, NUM_LOCAL, PLACES, WIDTH, WAYS)
+    o_j = tl.arange(0, WIDTH)
+    b_score = stored_scores(p_scores, i_bg, o_j, WIDTH, LENGTH, STRIDE)
+    top_blocks(b_score, o_j, current, p_indices + i_bg.to(tl.int64) * NUM, NUM, NUM_INIT, NUM_LOCAL, PLACES, WAYS)
 
 
-@triton.jit(do_not_specialize=["PARTS", "PER_SELECTED", "PER_WINDOW", "SELECTED_PARTS"])
+@triton.jit(do_not_specialize=["SPLITS", "TILES", "PARTS", "PER_SELECTED", "PER_WINDOW", "SELECTED_PARTS"])
 def gather_split(
-    p_q, p_k, p_v, p_k_win, p_v_win, p_scores, p_indices, p_at, p_o, p_max, p_sum, PARTS, SELECTED_PARTS, PER_SELECTED,
-    PER_WINDOW, scale, stride_qb, stride_qh, stride_kb, stride_kg, stride_ks, stride_vb, stride_vg, stride_vs, stride_wkb,
-    stride_wkg, stride_wks, stride_wvb, stride_wvg, stride_wvs, G: tl.constexpr, R: tl.constexpr, RM: tl.constexpr,
-    D: tl.constexpr, E: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, NUM: tl.constexpr,
-    WINDOW: tl.constexpr, RING: tl.constexpr, BN: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr,
-    NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr, PLACES: tl.constexpr, WIDTH: tl.constexpr, WAYS: tl.constexpr,
-    PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    p_q, p_k, p_v, p_k_win, p_v_win, p_cmp_max, p_cmp_sum, p_top, p_own, p_next, p_scores, p_indices, p_at, p_o, p_max, p_sum,
+    SPLITS, TILES, PARTS, SELECTED_PARTS, PER_SELECTED, PER_WINDOW, scale, stride_qb, stride_qh, stride_kb, stride_kg, stride_ks,
+    stride_vb, stride_vg, stride_vs, stride_wkb, stride_wkg, stride_wks, stride_wvb, stride_wvg, stride_wvs, G: tl.constexpr,
+    R: tl.constexpr, RM: tl.constexpr, D: tl.constexpr, E: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr,
+    NUM: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr, BN: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr,
+    RATIO: tl.constexpr, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr, PLACES: tl.constexpr, WIDTH: tl.constexpr,
+    WAYS: tl.constexpr, RP: tl.constexpr, BJ: tl.constexpr, SPLITS_UP: tl.constexpr, PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Unnormalised o, maximum and sum of some tiles of one group: of the selected blocks, or of the window (a ring, or not).
 
     The first SELECTED_PARTS of a group's PARTS programs have PER_SELECTED tiles of the selected blocks each, the others
-    PER_WINDOW of the window. These wait for no selection; those make it, each for itself: that takes less time than another
-    launch. indices [groups, SELECTED_PARTS, NUM], or, with WIDTH 0, as select_blocks left them, [groups, NUM].
+    PER_WINDOW of the window. These wait for nothing; those make the selection, each for itself: that takes less time than
+    another launch. indices [groups, SELECTED_PARTS, NUM], or, with WIDTH 0, as select_blocks left them, [groups, NUM].
+    With BJ they make the scores too, of what attend_split left; without, block_scores has made them.
     """
     SELECTED_TILES: tl.constexpr = (NUM * BLOCK + BN - 1) // BN
     WINDOW_TILES: tl.constexpr = (WINDOW + BN - 1) // BN
@@ -234,8 +251,19 @@ def gather_split(
     if is_selected:
         follow(OVERLAP)
         if WIDTH > 0:
-            current = (length - 1) // BLOCK
-            choose(p_scores, p_chosen, i_bg, current, LENGTH, STRIDE, NUM, NUM_INIT, NUM_LOCAL, PLACES, WIDTH, WAYS)
+            o_j = tl.arange(0, WIDTH)
+            if BJ > 0:
+                b_own, b_next = tile_scores(
+                    p_cmp_max, p_cmp_sum, p_top, p_own, p_next, i_bg.to(tl.int64), tl.arange(0, WIDTH // BJ), length - 1, SPLITS,
+                    TILES, R, RP, LENGTH, STRIDE, RATIO, BJ, SPLITS_UP,
+                )  # fmt: skip
+                b_score = tl.reshape(b_own, (WIDTH,))
+                if LENGTH > STRIDE:
+                    b_left = tl.gather(tl.reshape(b_next, (WIDTH,)), tl.maximum(o_j - 1, 0), 0)
+                    b_score += tl.where(o_j > 0, b_left, 0.0)
+            else:
+                b_score = stored_scores(p_scores, i_bg, o_j, WIDTH, LENGTH, STRIDE)
+            top_blocks(b_score, o_j, (length - 1) // BLOCK, p_chosen, NUM, NUM_INIT, NUM_LOCAL, PLACES, WAYS)
             tl.debug_barrier()  # every thread reads what others wrote
         p_keys, p_values = p_k + i_b * stride_kb + i_g * stride_kg, p_v + i_b * stride_vb + i_g * stride_vg
         step_k, step_v = stride_ks, stride_vs
@@ -364,15 +392,18 @@ def decode_attention(
         *q_cmp.stride()[:2], *k_cmp.stride()[:3], *v_cmp.stride()[:3], **heads, **shape, STEP=step, BJ=bj, SUMS=True,
         num_warps=WARPS[size], num_stages=SPLIT_STAGES[size], **late,
     )  # fmt: skip
-    width = max(16, next_power_of_2(tiles * bj))
-    (scores,) = _floats(device, (groups, 2, width))
-    splits_up, bt = next_power_of_2(splits), 1
-    while 2 * bt * p.rp * bj <= SUMS and groups * cdiv(tiles, 2 * bt) >= cores(device):
-        bt *= 2
-    block_scores[(groups * cdiv(tiles, bt),)](
-        positions, cmp_max, cmp_sum, top, own, right, scores, splits, tiles, cdiv(tiles, bt), width, G=g, R=r, RP=p.rp, **shape,
-        BLOCK=block, BJ=bj, BT=bt, SPLITS_UP=splits_up, num_warps=4, **late,
-    )  # fmt: skip
+    width, splits_up, bt = max(16, next_power_of_2(tiles * bj)), next_power_of_2(splits), 1
+    fused = width <= CHOICE_WIDTH
+    scored = not fused or p.rp * width > CHOICE_SUMS
+    scores = top  # not looked at, where gather_split makes them
+    if scored:
+        (scores,) = _floats(device, (groups, 2, width))
+        while 2 * bt * p.rp * bj <= SUMS and groups * cdiv(tiles, 2 * bt) >= cores(device):
+            bt *= 2
+        block_scores[(groups * cdiv(tiles, bt),)](
+            positions, cmp_max, cmp_sum, top, own, right, scores, splits, tiles, cdiv(tiles, bt), width, G=g, R=r, RP=p.rp,
+            **shape, BLOCK=block, BJ=bj, BT=bt, SPLITS_UP=splits_up, num_warps=4, **late,
+        )  # fmt: skip
     ring = k_win is not None and v_win is not None
     keys, values = (k_win, v_win) if k_win is not None and v_win is not None else (k, v)
     bn = max(16, min(64, GATHER_BYTES[size] // widest))
@@ -384,7 +415,6 @@ def decode_attention(
         most += 1
     selected, per_selected = _even(selected, most)
     window, per_window = _even(window, most)
-    fused = width <= CHOICE_WIDTH
     choice = {
         "LENGTH": config.compress_block, "STRIDE": config.compress_stride, "BLOCK": block, "NUM": config.num_selected,
         "NUM_INIT": config.num_init, "NUM_LOCAL": config.num_local, "PLACES": next_power_of_2(config.num_selected),
@@ -397,10 +427,11 @@ def decode_attention(
         )  # fmt: skip
     o, part_max, part_sum = _floats(device, (groups, selected + window, r, e), *((groups, selected + window, r),) * 2)
     gather_split[(groups * (selected + window),)](
-        q, k, v, keys, values, scores, indices, positions, o, part_max, part_sum, selected + window, selected, per_selected,
-        per_window, p.scale_log2, *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
-        **heads, **choice, WINDOW=config.window, RING=ring, BN=bn, WIDTH=width if fused else 0, WAYS=_ways("gather", width),
-        num_warps=WARPS[size], num_stages=GATHER_STAGES[size], **late,
+        q, k, v, keys, values, cmp_max, cmp_sum, top, own, right, scores, indices, positions, o, part_max, part_sum, splits,
+        tiles, selected + window, selected, per_selected, per_window, p.scale_log2, *q.stride()[:2], *k.stride()[:3],
+        *v.stride()[:3], *keys.stride()[:3], *values.stride()[:3], **heads, **choice, RATIO=ratio, WINDOW=config.window,
+        RING=ring, BN=bn, WIDTH=width if fused else 0, WAYS=_ways("gather", width), RP=p.rp, BJ=0 if scored else bj,
+        SPLITS_UP=splits_up, num_warps=WARPS[size], num_stages=GATHER_STAGES[size], **late,
     )  # fmt: skip
     out = torch.empty(b, h, 1, e, dtype=q.dtype, device=device)
     ups = {"SPLITS_UP": splits_up, "PARTS_UP": next_power_of_2(selected + window)}
@@ -456,7 +487,8 @@ def _even(tiles: int, most: int) -> tuple[int, int]:
 
 
 def _ways(kernel: str, width: int) -> int:
-    return max(1, min(16, COMPARISONS[kernel] // width))
+    least, comparisons = WAYS[kernel]
+    return max(least, min(16, comparisons // width))
 
 
 def _merging(heads: int, dim: int, e: int, ups: dict[str, int], device: torch.device) -> tuple[tuple[int, int], dict[str, int]]:

@@ -1,8 +1,10 @@
 """Programmatic dependent launch (Hopper and later): a kernel is launched while the one before still runs.
 
-Such a kernel is launched with `overlap(device)` and calls `follow` before it writes anything, or reads what the kernel just
-before it wrote. Since no kernel lets the next be launched before it has waited for the last, whatever was launched before that
-last one is complete, and may be read from the start.
+Such a kernel is launched with `overlap(device)`, and each of its programs calls `follow` once: before it writes anything, since
+the kernel before may still read what that memory held, and before it reads what the kernel before wrote. Since no kernel lets the
+next be launched before it has waited for the last, whatever was launched before that last one is complete, and may be read from
+the start, if the kernel before is one of ours, or an ordinary one. Behind a library's, which may overlap in its own way, `follow`
+comes first.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
