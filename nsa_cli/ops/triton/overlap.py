@@ -1,6 +1,10 @@
 """Programmatic dependent launch (Hopper and later): a kernel is launched while the one before still runs.
 
-Such a kernel begins with `follow`, before it reads or writes anything, and is launched with `overlap(device)`.
+Such a kernel is launched with `overlap(device)`, and each of its programs calls `follow` once: before it writes anything, since
+the kernel before may still read what that memory held, and before it reads what the kernel before wrote. Since no kernel lets the
+next be launched before it has waited for the last, whatever was launched before that last one is complete, and may be read from
+the start, if the kernel before is one of ours, or an ordinary one. Behind a library's, which may overlap in its own way, `follow`
+comes first.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -16,10 +20,10 @@ import triton.language as tl
 
 @triton.jit
 def follow(OVERLAP: tl.constexpr):
-    """Let the next kernel be launched; wait for the one before, with all that it waited for."""
+    """Wait for the kernel before, with all that it waited for; let the next one be launched."""
     if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @cache
