@@ -1,6 +1,7 @@
 """Programmatic dependent launch (Hopper and later): a kernel is launched while the one before still runs.
 
-Such a kernel begins with `follow`, before it reads or writes anything, and is launched with `overlap(device)`.
+Such a kernel begins with `follow`, before it reads or writes anything, and is launched with `overlap(device)`; or with `release`,
+and with `wait` before it reads what a kernel writes, or writes anything: constants may be read between the two.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -15,11 +16,32 @@ import triton.language as tl
 
 
 @triton.jit
-def follow(OVERLAP: tl.constexpr):
-    """Let the next kernel be launched; wait for the one before, with all that it waited for."""
+def release(OVERLAP: tl.constexpr):
+    """Let the next kernel be launched."""
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait(OVERLAP: tl.constexpr):
+    """Wait for the kernel before, with all that it waited for."""
+    if OVERLAP:
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def follow(OVERLAP: tl.constexpr):
+    """Both: nothing to do until the kernel before is done."""
+    release(OVERLAP)
+    wait(OVERLAP)
+
+
+@triton.jit
+def prefetch(p_x):
+    """Bring the lines of these addresses into the L2 cache: of what no kernel writes, before `wait`."""
+    tl.inline_asm_elementwise(
+        "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l", [p_x.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @cache
