@@ -68,8 +68,8 @@ def linear_row(
     wait(OVERLAP)
     rows, adds = (), ()
     for i in tl.static_range(ROWS):
-        rows = rows + (tl.load(p_x + i * K + o_k[None, :], mask=m_k, other=0.0),)
-        adds = adds + (tl.load(p_add + i * N + o_n, mask=m_n, other=0.0) if ADD else 0.0,)
+        rows = rows + (tl.load(p_x + i * K + o_k[None, :], mask=m_k, other=0.0),)  # noqa: RUF005
+        adds = adds + (tl.load(p_add + i * N + o_n, mask=m_n, other=0.0) if ADD else 0.0,)  # noqa: RUF005
     for i in tl.static_range(ROWS):
         b_x = rows[i].to(tl.float32)  # [1, BK]
         root = tl.rsqrt(tl.sum(b_x * b_x, 1) / K + eps) if NORM else 1.0
@@ -232,7 +232,9 @@ def linear(
     x, weight = x.contiguous(), weight.contiguous()
     gate = weight if gate_weight is None else gate_weight.contiguous()
     out = x.new_empty(rows, columns) if out is None else out
-    assert out.is_contiguous() and (add is None or add.is_contiguous())
+    assert out.is_contiguous()
+    assert add is None or add.is_contiguous()
+    assert out.data_ptr() != x.data_ptr()  # whose columns all programs read
     does = {"NORM": norm is not None, "ACT": act, "GATED": gate_weight is not None, "ADD": add is not None}
     tensors = (x, weight, gate, x if norm is None else norm, out if add is None else add, out)
     late, tiles = overlap(device), cdiv(columns, tile.columns)
