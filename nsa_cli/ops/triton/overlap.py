@@ -36,14 +36,6 @@ def follow(OVERLAP: tl.constexpr):
     wait(OVERLAP)
 
 
-@triton.jit
-def prefetch(p_x):
-    """Bring the lines of these addresses into the L2 cache: of what no kernel writes, before `wait`."""
-    tl.inline_asm_elementwise(
-        "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l", [p_x.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
 @cache
 def overlap(device: torch.device) -> dict[str, bool]:
     """What a launch takes besides: OVERLAP for the kernel, launch_pdl for Triton."""
