@@ -16,7 +16,8 @@ EPS = 1e-6
 
 
 def _check(
-    rows: int, inner: int, out: int, dtype: torch.dtype, act: str | None, norm: bool, gated: bool, add: bool, tile: Tile | None = None
+    rows: int, inner: int, out: int, dtype: torch.dtype, act: str | None, norm: bool, gated: bool, add: bool,
+    tile: Tile | None = None,
 ) -> float:  # fmt: skip
     """The error; asserts that a second call has the same bits."""
     x, w, gate = (torch.randn(n, inner, device=DEVICE).to(dtype) for n in (rows, out, out))

@@ -94,10 +94,7 @@ class Step:
         if nsa is not None and blocks and nsa.compress_rope == "block":
             starts = model.rotary.angles((at - nsa.compress_block + 1).clamp(min=0))
         for block, weight, norms, layer in zip(self._blocks(), self.weights, self.norms, cache.layers, strict=True):
-            if few:
-                projected = linear(x, weight, norm=norms[0], eps=NORM_EPS)
-            else:
-                projected = F.linear(block.attn_norm(x), weight)
+            projected = linear(x, weight, norm=norms[0], eps=NORM_EPS) if few else F.linear(block.attn_norm(x), weight)
             if nsa is None:
                 out = self._dense(cast(DenseAttention, block.attn), projected, angles, at, layer)
             else:
