@@ -44,8 +44,8 @@ def _check(
     return relative_l2(first, y)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4])
-@pytest.mark.parametrize(("inner", "out"), [(20, 97), (64, 40), (300, 33)])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("inner", "out"), [(20, 97), (300, 33)])
 def test_products_of_few_rows_are_pytorchs(rows: int, inner: int, out: int) -> None:
     for act, norm, gated, add in ((None, True, False, False), ("gelu", True, False, False), ("silu", True, True, False)):
         assert _check(rows, inner, out, torch.float32, act, norm, gated, add) < 1e-6
