@@ -1,8 +1,9 @@
 """One decoding step of the whole model through kernels made for it: launches cost more than all that they launch.
 
 The same function as `model(ids, cache=cache)` for one token a row, in a dozen launches a layer: the projections of a layer are
-one product, and what lies between them and attention is one kernel. Nothing waits for the host, and every launch is the same at
-every length, so that a CUDA graph can replay it; but for a step in which no row completes a block, which leaves compression out.
+one product, what lies between them and attention is one kernel, and products of few rows take norms and activations with them.
+Nothing waits for the host, and every launch is the same at every length, so that a CUDA graph can replay it; but for a step in
+which no row completes a block, which leaves compression out.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from nsa_cli.model.attention import DenseAttention
 from nsa_cli.model.cache import Cache, LayerCache
 from nsa_cli.model.compress import Positioned
 from nsa_cli.model.nsa import SparseAttention
-from nsa_cli.model.transformer import Block, Transformer
+from nsa_cli.model.transformer import NORM_EPS, Block, Transformer
 from nsa_cli.ops.decode import fits
 
 
@@ -53,6 +54,9 @@ class Step:
         self.sets = 3 if model.config.nsa is not None and model.config.nsa.branch_kv == "independent" else 1
         with torch.no_grad():
             self.weights = [torch.cat([layer.weight for layer in _projections(block)]) for block in self._blocks()]
+            self.norms = [(block.attn_norm.weight.float(), block.ff_norm.weight.float()) for block in self._blocks()]
+            self.last_norm = model.norm.weight.float()
+        self.widest = max(layer.in_features for layer in model.modules() if isinstance(layer, torch.nn.Linear))
 
     def _blocks(self) -> list[Block]:
         return [cast(Block, block) for block in self.model.layers]
@@ -79,23 +83,37 @@ class Step:
     def __call__(self, ids: Tensor, cache: Cache, *, blocks: bool) -> Tensor:
         """Logits float32 [b, vocab] of what follows ids int64 [b]. cache: not empty, with room (`reserve`); its lengths on the
         device are counted here, those on the host are the caller's. blocks: False if no row's token completes a block."""
+        from nsa_cli.ops.triton.linear import can_multiply, linear
+
         model, at = self.model, cache.lengths
-        nsa = model.config.nsa
+        nsa, act = model.config.nsa, "gelu" if model.config.ff == "gelu" else "silu"
         x = F.embedding(ids, model.token_emb.weight)
+        few = can_multiply(len(x), self.widest, x.dtype)
         angles = model.rotary.angles(at)
         starts = None
         if nsa is not None and blocks and nsa.compress_rope == "block":
             starts = model.rotary.angles((at - nsa.compress_block + 1).clamp(min=0))
-        for block, weight, layer in zip(self._blocks(), self.weights, cache.layers, strict=True):
-            projected = F.linear(block.attn_norm(x), weight)
+        for block, weight, norms, layer in zip(self._blocks(), self.weights, self.norms, cache.layers, strict=True):
+            projected = linear(x, weight, norm=norms[0], eps=NORM_EPS) if few else F.linear(block.attn_norm(x), weight)
             if nsa is None:
                 out = self._dense(cast(DenseAttention, block.attn), projected, angles, at, layer)
             else:
                 out = self._sparse(cast(SparseAttention, block.attn), nsa, projected, angles, starts, at, layer, blocks)
-            x.addmm_(out.flatten(1), block.attn.to_out.weight.mT)
-            x.addmm_(block.ff.hidden(block.ff_norm(x)), block.ff.w2.weight.mT)
+            ff, to_out = block.ff, block.attn.to_out.weight
+            if few:
+                linear(out.flatten(1), to_out, add=x, out=x)
+                gate = None if ff.w3 is None else ff.w3.weight
+                hidden = linear(x, ff.w1.weight, norm=norms[1], eps=NORM_EPS, act=act, gate_weight=gate)
+                linear(hidden, ff.w2.weight, add=x, out=x)
+            else:
+                x.addmm_(out.flatten(1), to_out.mT)
+                x.addmm_(ff.hidden(block.ff_norm(x)), ff.w2.weight.mT)
         cache.lengths += 1
-        return model.unembed(x).float()
+        if not few:
+            return model.unembed(x).float()
+        weight = model.token_emb.weight if model.to_logits is None else model.to_logits.weight
+        logits = torch.empty(len(x), len(weight), dtype=torch.float32, device=x.device)
+        return linear(x, weight, norm=self.last_norm, eps=NORM_EPS, out=logits)
 
     def _dense(self, attn: DenseAttention, projected: Tensor, angles: Tensor, at: Tensor, layer: LayerCache) -> Tensor:
         from nsa_cli.ops.triton.append import Places, append
