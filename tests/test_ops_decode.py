@@ -119,17 +119,13 @@ def test_a_step_is_right_on_the_grid_of_a_large_gpu(case: tuple[object, ...], mo
     assert relative_l2(out, want) < 2e-6
 
 
-PATHS: dict[str, dict[str, int]] = {"scores": {"CHOICE_SUMS": 0}, "selection": {"CHOICE_WIDTH": 0}, "neither": {}}
+PATHS = {"a selection by its own kernel": 0, "four kernels": decode.CHOICE_WIDTH}
 
 
-@pytest.mark.parametrize("path", ["scores", "selection"])
 @pytest.mark.parametrize("case", [CASES[2], CASES[3], CASES[8]], ids=str)
-def test_scores_and_selection_by_kernels_of_their_own_are_the_same(
-    case: tuple[object, ...], path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_selection_by_a_kernel_of_its_own_is_the_same(case: tuple[object, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """What long caches take, on short ones; in fresh memory full of NaN, and with the same bits a second time."""
-    for name, value in PATHS[path].items():
-        monkeypatch.setattr(decode, name, value)
+    monkeypatch.setattr(decode, "CHOICE_WIDTH", 0)
     step = Step(case, DEVICE, torch.float32)
     want, chosen = step.expected()
     (out, indices), (again, _) = step.run("triton"), step.run("triton")
@@ -145,8 +141,7 @@ def test_kernels_that_begin_early_touch_nothing_that_the_kernel_before_is_at(
     case: tuple[object, ...], path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Until a program waits, what the kernel before wrote is NaN, and the program writes nothing; every program waits once."""
-    for name, value in PATHS[path].items():
-        monkeypatch.setattr(decode, name, value)
+    monkeypatch.setattr(decode, "CHOICE_WIDTH", PATHS[path])
     step = Step(case, DEVICE, torch.float32)
     want, chosen = step.expected()
     written: list[tuple[Tensor, Tensor]] = []  # by the kernel before, and what it wrote
