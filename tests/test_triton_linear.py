@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nsa_cli.benchmark.parity import poisoned
+from nsa_cli.ops.triton import linear as module
 from nsa_cli.ops.triton.linear import Tile, can_multiply, linear
 from tests.inputs import relative_l2
 
@@ -45,12 +46,36 @@ def _check(
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize(("inner", "out"), [(20, 97), (300, 33)])
+@pytest.mark.parametrize(("inner", "out"), [(20, 37), (300, 17)])
 def test_products_of_few_rows_are_pytorchs(rows: int, inner: int, out: int) -> None:
     for act, norm, gated, add in ((None, True, False, False), ("gelu", True, False, False), ("silu", True, True, False)):
         assert _check(rows, inner, out, torch.float32, act, norm, gated, add) < 1e-6
     assert _check(rows, inner, out, torch.float32, None, False, False, True) < 1e-6
     assert _check(rows, inner, out, torch.float32, "silu", False, True, True, Tile(8, 2)) < 1e-6
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="what Triton's interpreter shows")
+def test_until_it_waits_a_program_reads_constants_alone_and_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, place, w, norm = torch.randn(2, 24), torch.randn(2, 40), torch.randn(40, 24), torch.rand(24)
+    want = place.double() + F.rms_norm(x.double(), (24,), norm.double(), EPS) @ w.double().mT
+    held: list[Tensor] = []
+    waits = []
+
+    def begin(OVERLAP: object) -> None:
+        held[:] = [x.clone(), place.clone()]
+        for tensor in (x, place):
+            tensor.fill_(float("nan"))
+
+    def wait(OVERLAP: object) -> None:
+        assert place.isnan().all()
+        waits.append(place.copy_(held[1]))
+        x.copy_(held[0])
+
+    monkeypatch.setattr(module, "release", begin)
+    monkeypatch.setattr(module, "wait", wait)
+    got = linear(x, w, norm=norm, eps=EPS, add=place, out=place, tile=Tile(16, 2))
+    assert len(waits) == 3
+    assert relative_l2(got, want) < 1e-6
 
 
 def test_logits_may_have_a_precision_of_their_own() -> None:

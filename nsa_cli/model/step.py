@@ -44,22 +44,25 @@ def can_step(model: Transformer) -> bool:
 class Step:
     """Steps of one model, whose weights must not change meanwhile: projections of one input are kept side by side.
 
-    proven: the kinds of steps (with blocks, or not) that have run here. can_run, can_capture: False once they could not.
+    proven: the kinds of steps (with blocks, or not; how many rows) that have run here. can_run, can_capture: False once they could
+    not.
     """
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
-        self.proven: set[bool] = set()
+        self.proven: set[tuple[bool, int]] = set()
         self.can_run = self.can_capture = True
         self.sets = 3 if model.config.nsa is not None and model.config.nsa.branch_kv == "independent" else 1
         with torch.no_grad():
             self.weights = [torch.cat([layer.weight for layer in _projections(block)]) for block in self._blocks()]
-            self.norms = [(block.attn_norm.weight.float(), block.ff_norm.weight.float()) for block in self._blocks()]
-            self.last_norm = model.norm.weight.float()
-        self.widest = max(layer.in_features for layer in model.modules() if isinstance(layer, torch.nn.Linear))
+        self.widest = max(max(w.shape[1], b.attn.to_out.in_features, b.ff.w2.in_features) for w, b in self._layers())
 
     def _blocks(self) -> list[Block]:
         return [cast(Block, block) for block in self.model.layers]
+
+    def _layers(self) -> list[tuple[Tensor, Block]]:
+        """Every layer's projections, side by side, and itself."""
+        return list(zip(self.weights, self._blocks(), strict=True))
 
     def completes(self, cache: Cache) -> bool:
         """Whether the next token completes a compressed block in some row, as the host knows it."""
@@ -93,8 +96,11 @@ class Step:
         starts = None
         if nsa is not None and blocks and nsa.compress_rope == "block":
             starts = model.rotary.angles((at - nsa.compress_block + 1).clamp(min=0))
-        for block, weight, norms, layer in zip(self._blocks(), self.weights, self.norms, cache.layers, strict=True):
-            projected = linear(x, weight, norm=norms[0], eps=NORM_EPS) if few else F.linear(block.attn_norm(x), weight)
+        for (weight, block), layer in zip(self._layers(), cache.layers, strict=True):
+            if few:
+                projected = linear(x, weight, norm=block.attn_norm.weight, eps=NORM_EPS)
+            else:
+                projected = F.linear(block.attn_norm(x), weight)
             if nsa is None:
                 out = self._dense(cast(DenseAttention, block.attn), projected, angles, at, layer)
             else:
@@ -103,7 +109,7 @@ class Step:
             if few:
                 linear(out.flatten(1), to_out, add=x, out=x)
                 gate = None if ff.w3 is None else ff.w3.weight
-                hidden = linear(x, ff.w1.weight, norm=norms[1], eps=NORM_EPS, act=act, gate_weight=gate)
+                hidden = linear(x, ff.w1.weight, norm=block.ff_norm.weight, eps=NORM_EPS, act=act, gate_weight=gate)
                 linear(hidden, ff.w2.weight, add=x, out=x)
             else:
                 x.addmm_(out.flatten(1), to_out.mT)
@@ -113,7 +119,7 @@ class Step:
             return model.unembed(x).float()
         weight = model.token_emb.weight if model.to_logits is None else model.to_logits.weight
         logits = torch.empty(len(x), len(weight), dtype=torch.float32, device=x.device)
-        return linear(x, weight, norm=self.last_norm, eps=NORM_EPS, out=logits)
+        return linear(x, weight, norm=model.norm.weight, eps=NORM_EPS, out=logits)
 
     def _dense(self, attn: DenseAttention, projected: Tensor, angles: Tensor, at: Tensor, layer: LayerCache) -> Tensor:
         from nsa_cli.ops.triton.append import Places, append

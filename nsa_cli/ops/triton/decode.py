@@ -52,7 +52,7 @@ CORE_BYTES = 226 * 2**10
 """On-chip memory of a multiprocessor, and what a program takes beside its tiles."""
 PROGRAM_BYTES = 8 * 2**10
 MOST_PARTS = tl.constexpr(64)
-"""Partials of a head that merge has at a time."""
+"""Partials of a head's compressed branch that merge has at a time."""
 SUMS = 2**10
 """Block sums, of heads, that a program of block_scores has."""
 MERGED = {"thread": 64, "program": 2**12}
@@ -464,10 +464,10 @@ def _ways(kernel: str, width: int) -> int:
 def _merging(heads: int, dim: int, e: int, ups: dict[str, int], device: torch.device) -> tuple[tuple[int, int], dict[str, int]]:
     """Grid of merge, and the channels and heads of a program: few channels of few heads, several heads of many."""
     be, bh = dim if heads >= 2 * cores(device) else min(dim, 32), 1
-    parts = sum(min(up, MOST_PARTS.value) for up in ups.values())
+    parts = min(ups["SPLITS_UP"], MOST_PARTS.value) + ups.get("PARTS_UP", 0)
     while 2 * bh * parts * be <= MERGED["program"] and heads >= 16 * bh * cores(device):
         bh *= 2
-    warps = max(1, min(4, next_power_of_2(bh * parts * be // (32 * MERGED["thread"]))))
+    warps = max(1, min(8, next_power_of_2(bh * parts * be // (32 * MERGED["thread"]))))
     return (cdiv(heads, bh), cdiv(e, be)), {"BH": bh, "BE": be, "num_warps": warps}
 
 

@@ -10,7 +10,7 @@ how many of them before an entry; `count_lists` adds the tiles of a unit up; `pl
 `place_entries` puts every entry where the three numbers say. A query has a block once, so that a tile's choice of a block is
 one bit a token: its atomic operations are "or" on whole numbers, which give the same bits in any order.
 Between launches live a number for every tile and block, and a byte for every entry: 12 MB at 65,536 tokens and 4 key/value
-heads, 40 MB at 131,072.
+heads, 40 MB at 131,072; the numbers grow with the square of the tokens, to 2 GiB at a million.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False

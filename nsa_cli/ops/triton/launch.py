@@ -129,7 +129,8 @@ class Selection:
         self.sub = whole // self.bs
         self.places = next_power_of_2(max(self.free, 1)) * self.sub
         self.causal = self.num_local == 0
-        a_row = max(self.free, 1) * self.sub * p.rp * max(p.d, p.e) * p.dtype.itemsize
+        heads = p.rp if way == "forward" else p.r  # of a partial
+        a_row = max(self.free, 1) * self.sub * heads * max(p.d, p.e) * p.dtype.itemsize
         wanted = max(UNIT_TOKENS[way], LEAST_LIST * p.select_blocks // max(self.free, 1))
         most = min(wanted, PART_BYTES[way] // a_row) // MOST_ROWS * MOST_ROWS  # whole tiles
         self.chunk = min(max(most, MOST_ROWS), cdiv(p.n, MOST_ROWS) * MOST_ROWS)

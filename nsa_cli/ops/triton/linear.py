@@ -24,6 +24,10 @@ MOST_ROWS = 4
 """Of more rows, a BLAS library's product and launches of their own for norm and activation are faster."""
 MOST_BYTES = 2**16
 """Of all rows, which are in the registers of eight warps."""
+MOST_WEIGHTS = 2**14
+"""Of a program, for the same reason."""
+MOST_PROGRAMS = 16
+"""A multiprocessor: a large vocabulary's programs have more columns instead."""
 
 
 @triton.jit
@@ -74,8 +78,10 @@ def choose_tile(rows: int, inner: int, out: int, device: torch.device) -> Tile:
     """One row wants many small programs, 32 weights a thread; several rows, read by every program, want fewer."""
     width = next_power_of_2(inner)
     columns, weights = (4 if width <= 2**9 else 2, 32) if rows == 1 else (4 if width <= 2**11 else 2, 64)
-    while columns > 1 and (cdiv(out, columns) < cores(device) or columns * width > 2**14):
+    while columns > 1 and (cdiv(out, columns) < cores(device) or columns * width > MOST_WEIGHTS):
         columns //= 2
+    while cdiv(out, columns) > MOST_PROGRAMS * cores(device) and 2 * columns * width <= MOST_WEIGHTS:
+        columns *= 2
     return Tile(columns, max(1, min(8, columns * width // (32 * weights))))
 
 
