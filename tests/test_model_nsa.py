@@ -73,7 +73,7 @@ def test_a_layer_is_the_definition(compress: str, branch_kv: str, compress_rope:
         x = torch.randn(1, tokens, config.dim, dtype=torch.float64)
         rotary, positions = Rotary(config.dim_head, 100.0), torch.arange(tokens)
         with torch.no_grad():
-            got = layer(x, Geometry(rotary, positions, rotary.angles(positions)))
+            got = layer(x, Geometry(rotary, positions, rotary.cos_sin(positions)))
         # The model's angles are float32, the oracle's float64.
         assert_close(got[0], by_definition(layer, config, x, 100.0), 1e-5)
 

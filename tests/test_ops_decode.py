@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from triton.runtime import interpreter
 
 from nsa_cli.benchmark.parity import poisoned
 from nsa_cli.config import ModelConfig, NSAConfig
@@ -15,6 +17,7 @@ from nsa_cli.model import Transformer, build_model, nsa
 from nsa_cli.ops import nsa_attention
 from nsa_cli.ops.decode import decode_attention
 from nsa_cli.ops.dispatch import nsa_attention_and_selection
+from nsa_cli.ops.triton import decode
 from tests.inputs import relative_l2
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -103,6 +106,101 @@ def test_a_step_is_the_last_row_of_the_whole_operator(case: tuple[object, ...], 
     assert relative_l2(out, want) < 2e-6
     again, _ = step.run(kernel)
     assert torch.equal(out, again)
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[5], ((4, 1, 64, 5, 1, 2, 50), (2, 1, 16, 16), [700], 1024, True)], ids=str)
+def test_a_step_is_right_on_the_grid_of_a_large_gpu(case: tuple[object, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles and shares of 132 multiprocessors, on whatever runs this."""
+    monkeypatch.setattr("nsa_cli.ops.triton.decode.cores", lambda device: 132)
+    step = Step(case, DEVICE, torch.float32)
+    want, chosen = step.expected()
+    out, indices = step.run("triton")
+    assert torch.equal(indices, chosen)
+    assert relative_l2(out, want) < 2e-6
+
+
+PATHS = {"a selection by its own kernel": 0, "four kernels": decode.CHOICE_WIDTH}
+
+
+@pytest.mark.parametrize("case", [CASES[2], CASES[3], CASES[8]], ids=str)
+def test_a_selection_by_a_kernel_of_its_own_is_the_same(case: tuple[object, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What long caches take, on short ones; in fresh memory full of NaN, and with the same bits a second time."""
+    monkeypatch.setattr(decode, "CHOICE_WIDTH", 0)
+    step = Step(case, DEVICE, torch.float32)
+    want, chosen = step.expected()
+    (out, indices), (again, _) = step.run("triton"), step.run("triton")
+    assert torch.equal(indices, chosen)
+    assert relative_l2(out, want) < 2e-6
+    assert torch.equal(out, again)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="what Triton's interpreter shows")
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("case", [CASES[0], CASES[1]], ids=str)
+def test_kernels_that_begin_early_touch_nothing_that_the_kernel_before_is_at(
+    case: tuple[object, ...], path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until a program waits, what the kernel before wrote is NaN, and the program writes nothing; every program waits once."""
+    monkeypatch.setattr(decode, "CHOICE_WIDTH", PATHS[path])
+    step = Step(case, DEVICE, torch.float32)
+    want, chosen = step.expected()
+    written: list[tuple[Tensor, Tensor]] = []  # by the kernel before, and what it wrote
+    held: list[tuple[Tensor, Tensor]] = []  # this kernel's tensors, as its program found them
+    waits: list[tuple[int, ...]] = []
+    programs: list[tuple[int, ...]] = []
+
+    def begin(*place: int) -> None:
+        set_place(*place)
+        programs.append(place)
+        for x, _ in written:
+            x.fill_(math.nan if x.is_floating_point() else -9)
+        held[:] = [(x, x.clone()) for x, _ in held]
+
+    def wait(OVERLAP: bool) -> None:
+        waits.append(programs[-1])
+        assert all(torch.equal(x.view(torch.uint8), kept.view(torch.uint8)) for x, kept in held)
+        for x, content in written:
+            x.copy_(content)
+
+    class Watched:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            def launch(*args: Any, **named: Any) -> None:
+                before = {x.data_ptr(): (x, x.clone()) for x in args if isinstance(x, Tensor) and x.numel() > 0}
+                held[:] = before.values()
+                if not programs:  # the call's own inputs, made just before
+                    written[:] = [(x, x.clone()) for x in args[:4]]
+                self.kernel[grid](*args, **named)
+                for x, content in written:
+                    x.copy_(content)
+                same = [torch.equal(x.view(torch.uint8), kept.view(torch.uint8)) for x, kept in before.values()]
+                written[:] = [(x, x.clone()) for (x, _), kept in zip(before.values(), same, strict=True) if not kept]
+
+            return launch
+
+    set_place = interpreter.interpreter_builder.set_grid_idx
+    monkeypatch.setattr(interpreter.interpreter_builder, "set_grid_idx", begin)
+    monkeypatch.setattr(decode, "follow", wait)
+    for name in ("attend_split", "block_scores", "select_blocks", "gather_split", "merge"):
+        monkeypatch.setattr(decode, name, Watched(getattr(decode, name)))
+    out, indices = step.run("triton")
+    assert torch.equal(indices, chosen)
+    assert relative_l2(out, want) < 2e-6
+    assert waits == programs
+
+
+def test_a_step_by_torch_takes_any_layout_of_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of PyTorch's kernels leave the heads of a group inside."""
+    attention = F.scaled_dot_product_attention
+
+    def across(*args: Tensor, **named: Any) -> Tensor:
+        return attention(*args, **named).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", across)
+    step = Step(CASES[0], DEVICE, torch.float32)
+    assert relative_l2(step.run("torch")[0], step.expected()[0]) < 2e-6
 
 
 def test_a_step_past_32k_tokens_is_right() -> None:

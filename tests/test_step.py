@@ -18,13 +18,13 @@ from nsa_cli.model import captured as captured_module
 from nsa_cli.model.captured import CapturedStep
 from nsa_cli.model.compress import NETWORKS
 from nsa_cli.model.step import Step, can_step
-from nsa_cli.ops.triton import decode
+from nsa_cli.ops.triton import append, decode, linear
 from nsa_cli.ops.triton.decode import dense_attention
 from tests.inputs import relative_l2
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GEOMETRY: dict[str, Any] = {"compress_block": 4, "compress_stride": 2, "select_block": 8, "num_selected": 4, "window": 6}
-SHAPE: dict[str, Any] = {"vocab_size": 97, "dim": 16, "depth": 1, "heads": 4, "kv_heads": 2, "dim_head": 8, "context": 64}
+SHAPE: dict[str, Any] = {"vocab_size": 33, "dim": 16, "depth": 1, "heads": 4, "kv_heads": 2, "dim_head": 8, "context": 64}
 
 CASES: list[tuple[dict[str, Any] | None, dict[str, Any]]] = [
     ({}, {"depth": 2}),
@@ -67,11 +67,11 @@ def _next(ids: torch.Tensor, cache: Cache) -> torch.Tensor:
 def test_steps_by_kernels_are_the_models_own(nsa: dict[str, Any] | None, shape: dict[str, Any]) -> None:
     """Rows of different lengths, from before the first block to past the window, and blocks completed in some of them."""
     ours, theirs = _models(nsa, shape)
-    ids, counts = torch.randint(97, (2, 40), device=DEVICE), [2, 13]
+    ids, counts = torch.randint(33, (2, 40), device=DEVICE), [2, 13]
     want, got = (_filled(theirs, ids, counts, 19) for _ in "ab")
     step = Step(ours)
     step.reserve(got)
-    for place in range(5):
+    for place in range(4):
         new = _next(ids, want)
         expected = theirs(new[:, None], cache=want)[:, 0]
         with poisoned(torch.device(DEVICE)):
@@ -81,11 +81,23 @@ def test_steps_by_kernels_are_the_models_own(nsa: dict[str, Any] | None, shape: 
     assert got.lengths.tolist() == want.lengths.tolist() == want.host_lengths == got.host_lengths
 
 
+@pytest.mark.parametrize("ff", ["gelu", "swiglu"])
+@torch.inference_mode()
+def test_products_of_more_rows_are_the_librarys_and_the_same(ff: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = _models(None, {"ff": ff, "depth": 2, "tie_embeddings": ff == "gelu"})
+    ids, counts = torch.randint(33, (2, 20), device=DEVICE), [3, 9]
+    few, many = (_filled(theirs, ids, counts, 19) for _ in "ab")
+    step, new = Step(ours), _next(ids, few)
+    logits = step(new, few, blocks=False)
+    monkeypatch.setattr(linear, "MOST_ROWS", 1)
+    assert relative_l2(step(new, many, blocks=False), logits) < 1e-5
+
+
 @pytest.mark.parametrize("nsa", [{}, {"branch_kv": "shared"}, None], ids=["independent", "shared", "dense"])
 @torch.inference_mode()
 def test_a_step_leaves_the_cache_as_the_model_does(nsa: dict[str, Any] | None) -> None:
     ours, theirs = _models(nsa, {})
-    ids, counts = torch.randint(97, (2, 40), device=DEVICE), [6, 13]
+    ids, counts = torch.randint(33, (2, 40), device=DEVICE), [6, 13]
     want, got = (_filled(theirs, ids, counts, 40) for _ in "ab")
     step = Step(ours)
     for _ in range(4):
@@ -102,7 +114,7 @@ def test_a_step_leaves_the_cache_as_the_model_does(nsa: dict[str, Any] | None) -
 def test_steps_beyond_the_capacity_grow_the_cache_and_leave_complete_blocks_alone() -> None:
     """The first token beyond the old capacity completes a block."""
     ours, theirs = _models({}, {})
-    ids = torch.randint(97, (1, 40), device=DEVICE)
+    ids = torch.randint(33, (1, 40), device=DEVICE)
     cache = _filled(theirs, ids, [19], 19)  # l 4, d 2: token 19 is the last of block 8
     captured = CapturedStep(Step(ours), cache)
     got = torch.stack([captured(ids[:, t], capture=False) for t in range(19, 23)], 1)
@@ -165,13 +177,13 @@ def test_replayed_steps_are_the_models_own(nsa: dict[str, Any] | None, graphs_wi
     if DEVICE != "cpu":
         pytest.skip("a GPU has graphs of its own")
     ours, theirs = _models(nsa, {})
-    ids, counts = torch.randint(97, (2, 40)), [6, 14]
+    ids, counts = torch.randint(33, (2, 40)), [7, 15]
     want, got = (_filled(theirs, ids, counts, 18) for _ in "ab")
     captured = CapturedStep(Step(ours), got)
-    for place in range(8):
+    for place in range(6):
         if place == 1:
             marks = want.mark(), got.mark()
-        if place == 3:
+        if place == 2:
             want.back_to(marks[0])
             got.back_to(marks[1])
         new = _next(ids, want)
@@ -185,7 +197,7 @@ def test_replayed_steps_are_the_models_own(nsa: dict[str, Any] | None, graphs_wi
 def test_kernels_that_cannot_run_leave_the_steps_to_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where there is no compiler: told once, with the cache as it was before."""
     ours, theirs = _models(None, {})
-    ids = torch.randint(97, (2, 40), device=DEVICE)
+    ids = torch.randint(33, (2, 40), device=DEVICE)
     want, got = (_filled(theirs, ids, [5, 14], 40) for _ in "ab")
 
     def broken(*args: Any, **named: Any) -> torch.Tensor:
@@ -250,7 +262,7 @@ def test_captured_steps_are_the_models_own_on_a_gpu(nsa: dict[str, Any] | None, 
     torch.manual_seed(1)
     model = build_model(config, device="cuda", dtype=dtype).eval()
     assert can_step(model)
-    ids = torch.randint(97, (2, 1200), device="cuda")
+    ids = torch.randint(33, (2, 1200), device="cuda")
     want, got = (_filled(model, ids, [900, 1100], 1110) for _ in "ab")
     captured = CapturedStep(Step(model), got)
     errors = []
@@ -264,3 +276,25 @@ def test_captured_steps_are_the_models_own_on_a_gpu(nsa: dict[str, Any] | None, 
     errors.sort()
     assert errors[len(errors) // 2] < (1e-4 if dtype == torch.float32 else 3e-2)  # a near tie selects another block now and then
     assert errors[-1] < (1e-4 if dtype == torch.float32 else 2e-1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("nsa", [{}, {"branch_kv": "shared"}, None], ids=["independent", "shared", "dense"])
+@torch.inference_mode()
+def test_kernels_that_begin_early_give_the_same_bits_as_in_turn_on_a_gpu(
+    nsa: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    geometry = None if nsa is None else NSAConfig(**nsa)
+    config = ModelConfig(
+        **{**SHAPE, "dim": 256, "depth": 2, "heads": 8, "kv_heads": 2, "dim_head": 64, "context": 4096, "nsa": geometry}
+    )
+    model = build_model(config, device="cuda", dtype=torch.bfloat16).eval()
+    ids, runs = torch.randint(33, (2, 1600), device="cuda"), []
+    for early in (True, False):
+        if not early:
+            for module in (decode, append, linear):
+                monkeypatch.setattr(module, "overlap", lambda device: {"OVERLAP": False})
+        cache = _filled(model, ids, [1500, 1203], 1600)
+        captured = CapturedStep(Step(model), cache)
+        runs.append(torch.stack([captured(ids[:, 1500 + t]).clone() for t in range(40)]))
+    assert torch.equal(*runs)

@@ -73,6 +73,9 @@ CASES = table(f"""
 4/1 64 32,16,64 1+0+0 7 0+37+0+20+9 1 shared model f32
 2/1 256 8,8,8 4+2+0 33 0+37+0+20+9 1 own turned f32
 6/1 64 4,2,8 0+1+0 2 5+1+1+15 1 shared sliced f32
+4/2 16 4,2,8 2+1+1 9 17+1+9+24 1 shared model f32
+2/1 32 4,2,8 3+1+2 16 61 2 shared sliced f32
+3/1 16 8,4,8 1+2+1 8 20+27 1 shared plain f32
 """)
 
 

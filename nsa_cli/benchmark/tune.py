@@ -36,14 +36,14 @@ LEAST_GAIN, NEAR_TIES = 0.01, 1e-3
 
 
 def _tiles(lines: str) -> tuple[Tile, ...]:
-    """Each "rows,keys,warps,stages" or "rows,keys,warps,stages,registers"."""
+    """Each "rows,keys,warps,stages", registers and key_stages behind where they are not the usual ones."""
     return tuple(Tile(*map(int, line.split(","))) for line in lines.split())
 
 
 _BY_QUERY = _tiles("128,64,4,2 128,64,4,3 128,64,8,2 128,64,8,3 128,128,8,2 64,64,4,2 64,64,4,3 64,32,4,3 64,32,8,2")
 _BY_KEY = _tiles("64,64,4,2 64,64,4,3 64,64,8,2 128,64,8,2 64,128,8,2 64,32,4,2 64,32,8,2")
 _PARTS = _tiles("64,64,4,1 64,64,4,1,128 64,64,4,1,168 64,64,4,2 64,64,4,2,128 64,64,4,3 64,64,8,1 64,64,8,2 128,64,8,2")
-_FINISH = _tiles("64,64,4,2 64,64,4,3 64,64,4,4 64,64,4,5 64,64,4,4,168 64,32,4,3 64,32,4,4,168 64,64,8,4 64,32,8,2")
+_FINISH = _tiles("64,64,4,2 64,64,4,3 64,64,4,4 64,64,4,5 64,32,4,3 64,32,4,3,168 64,32,4,4,168,3 64,64,8,4 64,32,8,2")
 CANDIDATES = {
     **dict.fromkeys(("compressed", "compressed_dq"), _BY_QUERY),
     **dict.fromkeys(("compressed_dkv", "window_dkv", "forced_dkv"), _BY_KEY),

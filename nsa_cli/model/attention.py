@@ -28,7 +28,7 @@ _ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBa
 class Geometry:
     """Where the tokens of one forward pass stand; made once and shared by all layers.
 
-    positions: int64 [t], or [b, t] behind a filled cache. angles: float32 [t, d] or [b, 1, t, d].
+    positions: int64 [t], or [b, t] behind a filled cache. cos_sin: float32 [2, t, d] or [2, b, 1, t, d], for `rotate`.
     cu_seqlens: packed documents, or None; ends: the same on the host. block_starts: for packed documents, the first token of
     every compressed block; block_positions: each compressed block's first position in its document.
     cache: the sequences so far, or None; span: where in it the pass's tokens go. first: whether the cache is empty, so that
@@ -38,7 +38,7 @@ class Geometry:
 
     rotary: Rotary
     positions: Tensor
-    angles: Tensor
+    cos_sin: Tensor
     cu_seqlens: Tensor | None = None
     block_starts: Tensor | None = None
     block_positions: Tensor | None = None
@@ -74,8 +74,8 @@ class DenseAttention(nn.Module):
 
     def forward(self, x: Tensor, geometry: Geometry, layer: LayerCache | None = None) -> Tensor:
         """[b, t, dim] -> [b, t, dim]."""
-        q = rotate(split_heads(self.to_q(x), self.heads), geometry.angles)
-        k = rotate(split_heads(self.to_k(x), self.kv_heads), geometry.angles)
+        q = rotate(split_heads(self.to_q(x), self.heads), geometry.cos_sin)
+        k = rotate(split_heads(self.to_k(x), self.kv_heads), geometry.cos_sin)
         v = split_heads(self.to_v(x), self.kv_heads)
         if geometry.parallel is not None:
             return self.to_out(join_heads(self._shared(q, k, v, geometry.parallel)))

@@ -44,7 +44,7 @@ class CapturedStep:
             self.graphs, self.capacity = {}, cache.capacity
         self.ids.copy_(ids)
         blocks = step.completes(cache)
-        if capture and step.can_capture and blocks in step.proven and blocks not in self.graphs:
+        if capture and step.can_capture and self._kind(blocks) in step.proven and blocks not in self.graphs:
             self._try_to_capture(blocks)
         if blocks in self.graphs:
             graph, logits = self.graphs[blocks]
@@ -57,9 +57,12 @@ class CapturedStep:
         cache.host_lengths = [length + 1 for length in cache.host_lengths]
         return logits
 
+    def _kind(self, blocks: bool) -> tuple[bool, int]:
+        return blocks, len(self.ids)
+
     def _launched(self, blocks: bool) -> Tensor | None:
         """A step without a graph, None where the kernels cannot be compiled or run: the first of each kind shows it."""
-        if blocks in self.step.proven:
+        if self._kind(blocks) in self.step.proven:
             return self.step(self.ids, self.cache, blocks=blocks)
         mark = self.cache.mark()
         try:
@@ -71,7 +74,7 @@ class CapturedStep:
             self.step.can_run = False
             _tell("decoding goes on without kernels of its own, which cannot run here", error)
             return None
-        self.step.proven.add(blocks)
+        self.step.proven.add(self._kind(blocks))
         return logits
 
     def _try_to_capture(self, blocks: bool) -> None:

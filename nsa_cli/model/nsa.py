@@ -62,7 +62,7 @@ class SparseAttention(nn.Module):
         if self.training:
             self.gate_mean = gates.detach().float().mean((0, 1, 2))
         gates = self.gate_dropout(gates)
-        turned, k_slc, k_win = self._rotate(q, k_slc, k_win, geometry.angles)
+        turned, k_slc, k_win = self._rotate(q, k_slc, k_win, geometry.cos_sin)
         q_cmp = turned if self.nsa.compress_rope == "block" else q
         new = Tokens(k_raw, v_raw, k_slc, v_slc, k_win, v_win)
         if geometry.parallel is not None:
@@ -116,12 +116,12 @@ class SparseAttention(nn.Module):
         cmp, slc, win = heads.split(self.kv_heads, 1)
         return cmp, slc, win
 
-    def _rotate(self, q: Tensor, k_slc: Tensor, k_win: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _rotate(self, q: Tensor, k_slc: Tensor, k_win: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q and the keys of slc and win at their positions; a single token's in one go, as calls are all that it costs."""
         if q.shape[2] > 1:
-            k_slc = rotate(k_slc, angles)
-            return rotate(q, angles), k_slc, (rotate(k_win, angles) if self.sets == 3 else k_slc)
-        both = rotate(torch.cat([q, k_slc, k_win] if self.sets == 3 else [q, k_slc], 1), angles)
+            k_slc = rotate(k_slc, cos_sin)
+            return rotate(q, cos_sin), k_slc, (rotate(k_win, cos_sin) if self.sets == 3 else k_slc)
+        both = rotate(torch.cat([q, k_slc, k_win] if self.sets == 3 else [q, k_slc], 1), cos_sin)
         turned, k_slc, *rest = both.split((self.heads, *[self.kv_heads] * (2 if self.sets == 3 else 1)), 1)
         return turned, k_slc, rest[0] if rest else k_slc
 
@@ -133,7 +133,7 @@ class SparseAttention(nn.Module):
         starts = geometry.block_positions
         if starts is None:
             starts = torch.arange(k_cmp.shape[2], device=k_cmp.device) * self.nsa.compress_stride
-        return rotate(k_cmp, geometry.rotary.angles(starts))
+        return rotate(k_cmp, geometry.rotary.cos_sin(starts))
 
     def _block_capacity(self, cache: Cache) -> int:
         return self.nsa.num_compressed(cache.capacity)
@@ -249,7 +249,7 @@ class SparseAttention(nn.Module):
         k_new, v_new = (rearrange(x, "p l g d -> p g 1 l d") for x in (k[at, :, recent], v_new))
         k_cmp, v_cmp = self.compress_k(k_new), self.compress_v(v_new)
         if nsa.compress_rope == "block":
-            k_cmp = rotate(k_cmp, geometry.rotary.angles(starts)[:, None, None])
+            k_cmp = rotate(k_cmp, geometry.rotary.cos_sin(starts)[:, :, None, None])
         layer.put("k_cmp", k_cmp[:, :, 0], rows, blocks, capacity, new.k_slc)
         layer.put("v_cmp", v_cmp[:, :, 0], rows, blocks, capacity, new.v_slc)
 
@@ -265,7 +265,7 @@ class SparseAttention(nn.Module):
             v = layer.buffers["v_slc"][:, :, end - pending - 1 : end]
         k_cmp, v_cmp = self.compress_k(k[:, :, None]), self.compress_v(v[:, :, None])
         if self.nsa.compress_rope == "block":
-            k_cmp = rotate(k_cmp, geometry.rotary.angles((span.first - pending)[:, None])[:, None])
+            k_cmp = rotate(k_cmp, geometry.rotary.cos_sin((span.first - pending)[:, None])[:, :, None])
         for name, x in (("k_cmp", k_cmp), ("v_cmp", v_cmp)):
             layer.buffer(name, new.k_slc, capacity).select(2, block).copy_(x[:, :, 0])
 

@@ -1,9 +1,10 @@
 """Rotary positions that stay right at any length: the only place that turns a position into an angle.
 
-rotary-embedding-torch supplies the pairing of channels and the rotation; the angles are made here, position * theta^(-2i/D)
-in float64 and taken modulo 2 pi before they are rounded to float32, so that cos and sin are within float32 rounding of a
-float64 computation at position 131,072 as at 0 (float32 angles are off by 4.8e-3 there). The package's own
-`rotate_queries_or_keys` makes positions in the tensor's dtype and is never used.
+rotary-embedding-torch supplies the pairing of channels; the angles are made here, position * theta^(-2i/D) in float64 and
+taken modulo 2 pi before they are rounded to float32, so that cos and sin are within float32 rounding of a float64 computation
+at position 131,072 as at 0 (float32 angles are off by 4.8e-3 there). The package's own `rotate_queries_or_keys` makes
+positions in the tensor's dtype and is never used. Cosines and sines are made once a pass, by an operator that torch.compile
+does not look into: it would make them, float64 angles and all, again in every kernel that turns something.
 """
 
 from __future__ import annotations
@@ -11,8 +12,18 @@ from __future__ import annotations
 import math
 
 import torch
-from rotary_embedding_torch.rotary_embedding_torch import RotaryEmbedding, apply_rotary_emb
+from rotary_embedding_torch.rotary_embedding_torch import RotaryEmbedding, rotate_half
 from torch import Tensor
+
+
+@torch.library.custom_op("nsa::cos_sin", mutates_args=())
+def _cos_sin(angles: Tensor) -> Tensor:
+    return torch.stack((angles.cos(), angles.sin()))
+
+
+@_cos_sin.register_fake
+def _(angles: Tensor) -> Tensor:
+    return angles.new_empty(2, *angles.shape)
 
 
 class Rotary:
@@ -37,8 +48,13 @@ class Rotary:
         angles: Tensor = self._embedding(positions.double()).detach()
         return angles.remainder(2 * math.pi).float()
 
+    def cos_sin(self, positions: Tensor) -> Tensor:
+        """Integer positions [..] -> float32 cosines and sines [2, .., d] of their angles."""
+        both: Tensor = _cos_sin(self.angles(positions))
+        return both
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """x [b, h, t, d] turned by angles [t, d] or [b, 1, t, d], computed in float32 at least; x's dtype comes back."""
-    turned: Tensor = apply_rotary_emb(angles, x)
-    return turned
+
+def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
+    """x [b, h, t, d] turned by cos_sin [2, t, d] or [2, b, 1, t, d], computed in float32 at least; x's dtype comes back."""
+    cos, sin = cos_sin
+    return (x * cos + rotate_half(x) * sin).to(x.dtype)

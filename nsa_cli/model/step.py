@@ -1,8 +1,9 @@
 """One decoding step of the whole model through kernels made for it: launches cost more than all that they launch.
 
 The same function as `model(ids, cache=cache)` for one token a row, in a dozen launches a layer: the projections of a layer are
-one product, and what lies between them and attention is one kernel. Nothing waits for the host, and every launch is the same at
-every length, so that a CUDA graph can replay it; but for a step in which no row completes a block, which leaves compression out.
+one product, what lies between them and attention is one kernel, and products of few rows take norms and activations with them.
+Nothing waits for the host, and every launch is the same at every length, so that a CUDA graph can replay it; but for a step in
+which no row completes a block, which leaves compression out.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from nsa_cli.model.attention import DenseAttention
 from nsa_cli.model.cache import Cache, LayerCache
 from nsa_cli.model.compress import Positioned
 from nsa_cli.model.nsa import SparseAttention
-from nsa_cli.model.transformer import Block, Transformer
+from nsa_cli.model.transformer import NORM_EPS, Block, Transformer
 from nsa_cli.ops.decode import fits
 
 
@@ -43,19 +44,25 @@ def can_step(model: Transformer) -> bool:
 class Step:
     """Steps of one model, whose weights must not change meanwhile: projections of one input are kept side by side.
 
-    proven: the kinds of steps (with blocks, or not) that have run here. can_run, can_capture: False once they could not.
+    proven: the kinds of steps (with blocks, or not; how many rows) that have run here. can_run, can_capture: False once they could
+    not.
     """
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
-        self.proven: set[bool] = set()
+        self.proven: set[tuple[bool, int]] = set()
         self.can_run = self.can_capture = True
         self.sets = 3 if model.config.nsa is not None and model.config.nsa.branch_kv == "independent" else 1
         with torch.no_grad():
             self.weights = [torch.cat([layer.weight for layer in _projections(block)]) for block in self._blocks()]
+        self.widest = max(max(w.shape[1], b.attn.to_out.in_features, b.ff.w2.in_features) for w, b in self._layers())
 
     def _blocks(self) -> list[Block]:
         return [cast(Block, block) for block in self.model.layers]
+
+    def _layers(self) -> list[tuple[Tensor, Block]]:
+        """Every layer's projections, side by side, and itself."""
+        return list(zip(self.weights, self._blocks(), strict=True))
 
     def completes(self, cache: Cache) -> bool:
         """Whether the next token completes a compressed block in some row, as the host knows it."""
@@ -79,23 +86,40 @@ class Step:
     def __call__(self, ids: Tensor, cache: Cache, *, blocks: bool) -> Tensor:
         """Logits float32 [b, vocab] of what follows ids int64 [b]. cache: not empty, with room (`reserve`); its lengths on the
         device are counted here, those on the host are the caller's. blocks: False if no row's token completes a block."""
+        from nsa_cli.ops.triton.linear import can_multiply, linear
+
         model, at = self.model, cache.lengths
-        nsa = model.config.nsa
+        nsa, act = model.config.nsa, "gelu" if model.config.ff == "gelu" else "silu"
         x = F.embedding(ids, model.token_emb.weight)
+        few = can_multiply(len(x), self.widest, x.dtype)
         angles = model.rotary.angles(at)
         starts = None
         if nsa is not None and blocks and nsa.compress_rope == "block":
             starts = model.rotary.angles((at - nsa.compress_block + 1).clamp(min=0))
-        for block, weight, layer in zip(self._blocks(), self.weights, cache.layers, strict=True):
-            projected = F.linear(block.attn_norm(x), weight)
+        for (weight, block), layer in zip(self._layers(), cache.layers, strict=True):
+            if few:
+                projected = linear(x, weight, norm=block.attn_norm.weight, eps=NORM_EPS)
+            else:
+                projected = F.linear(block.attn_norm(x), weight)
             if nsa is None:
                 out = self._dense(cast(DenseAttention, block.attn), projected, angles, at, layer)
             else:
                 out = self._sparse(cast(SparseAttention, block.attn), nsa, projected, angles, starts, at, layer, blocks)
-            x.addmm_(out.flatten(1), block.attn.to_out.weight.mT)
-            x.addmm_(block.ff.hidden(block.ff_norm(x)), block.ff.w2.weight.mT)
+            ff, to_out = block.ff, block.attn.to_out.weight
+            if few:
+                linear(out.flatten(1), to_out, add=x, out=x)
+                gate = None if ff.w3 is None else ff.w3.weight
+                hidden = linear(x, ff.w1.weight, norm=block.ff_norm.weight, eps=NORM_EPS, act=act, gate_weight=gate)
+                linear(hidden, ff.w2.weight, add=x, out=x)
+            else:
+                x.addmm_(out.flatten(1), to_out.mT)
+                x.addmm_(ff.hidden(block.ff_norm(x)), ff.w2.weight.mT)
         cache.lengths += 1
-        return model.unembed(x).float()
+        if not few:
+            return model.unembed(x).float()
+        weight = model.token_emb.weight if model.to_logits is None else model.to_logits.weight
+        logits = torch.empty(len(x), len(weight), dtype=torch.float32, device=x.device)
+        return linear(x, weight, norm=model.norm.weight, eps=NORM_EPS, out=logits)
 
     def _dense(self, attn: DenseAttention, projected: Tensor, angles: Tensor, at: Tensor, layer: LayerCache) -> Tensor:
         from nsa_cli.ops.triton.append import Places, append

@@ -164,13 +164,13 @@ class Transformer(nn.Module):
         span = None if cache is None else cache.span(tokens, counts)
         if cache is not None and cache.longest > 0:
             positions = cache.lengths[:, None] + torch.arange(tokens, device=device)
-            angles = self.rotary.angles(positions)[:, None]
-            return Geometry(self.rotary, positions, angles, cache=cache, span=span, first=False)
+            cos_sin = self.rotary.cos_sin(positions)[:, :, None]
+            return Geometry(self.rotary, positions, cos_sin, cache=cache, span=span, first=False)
         positions = torch.arange(tokens, device=device)
         if self.context_parallel is not None:
             parallel = self.context_parallel
             positions = parallel.split(torch.arange(tokens * parallel.size, device=device), 0)
-            return Geometry(self.rotary, positions, self.rotary.angles(positions), parallel=parallel)
+            return Geometry(self.rotary, positions, self.rotary.cos_sin(positions), parallel=parallel)
         ends = starts = block_positions = None
         if cu_seqlens is not None:
             ends = document_ends(cu_seqlens, tokens)  # the host waits for them once a pass
@@ -182,7 +182,7 @@ class Transformer(nn.Module):
                 starts = (torch.tensor(begins).repeat_interleave(torch.tensor(counts)) + steps).to(device)
                 block_positions = steps.to(device)
         return Geometry(
-            self.rotary, positions, self.rotary.angles(positions), cu_seqlens, starts, block_positions, cache, span, ends=ends
+            self.rotary, positions, self.rotary.cos_sin(positions), cu_seqlens, starts, block_positions, cache, span, ends=ends
         )
 
     def _check(self, ids: Tensor, targets: Tensor | None, cu_seqlens: Tensor | None, cache: Cache | None) -> None:

@@ -71,7 +71,7 @@ def decode_attention(
     out = o_slc * weights[..., 1:2] + o_win * weights[..., 2:]
     if o_cmp is not None:
         out = out + o_cmp.to(out.dtype) * weights[..., :1]
-    return out.to(q.dtype).view(b, h, 1, -1), indices
+    return out.to(q.dtype).reshape(b, h, 1, -1), indices
 
 
 def fits(config: NSAConfig, width: int, itemsize: int) -> bool:

@@ -1,15 +1,17 @@
-"""One query a sequence against its cache: five kernels, each with as many programs as the chip can hold at once.
+"""One query a sequence against its cache: four kernels, each with as many programs as the chip can hold at once.
 
     attend_split       a share of the compressed keys: partial output, and the shares' block sums for importance
     block_scores       merged log-sum-exp and importance of some blocks
-    select_blocks      the exact choice among all blocks, a program a group
-    gather_split       a share of the selected blocks or of the window: partial output
+    select_blocks      the exact choice, a kernel of its own among more blocks than gather_split has room for
+    gather_split       a share of the selected blocks, after the exact choice among all, or of the window: partial output
     merge              the partials of all three branches, gated and added up
 
 Each key and value is read once: importance comes from the block sums of the first kernel, kept against the running maximum
 of their tile, and is put right when the log-sum-exp is known. Lengths are read on the device and grids come from capacities, so
 that a captured graph serves every length. No atomics: partials are added in the order of their places. Dense attention is the
-first kernel, over all keys, and the last.
+first kernel, over all keys, and the last. A launch that waits for another takes 2 to 4 us however little it does, and what it
+reads one thing after another is most of that: so each kernel asks for all that it can at once, for some of it before the
+kernel before it is done (`overlap`): what this call was given, and what attend_split left, once that is two launches back.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -42,13 +44,19 @@ GATHER_STAGES = {2: 3, 4: 1}
 """Tiles on chip at a time, the one that comes in included."""
 MOST_SPLITS = 64
 """Of dense attention's keys: beyond, merging takes longer than reading."""
-COMPARISONS = 2**15
-"""Of scores with thresholds that select_blocks has in registers at a time."""
+CHOICE_WIDTH = 2048
+"""Scores of which each program of gather_split can make the selection; of more, select_blocks makes it."""
+WAYS = {"gather": (4, 2**12), "select": (1, 2**15)}
+"""Thresholds that scores are compared with at a time, at least, and comparisons, at most."""
 CORE_BYTES = 226 * 2**10
 """On-chip memory of a multiprocessor, and what a program takes beside its tiles."""
 PROGRAM_BYTES = 8 * 2**10
-MERGE_PROGRAMS = 8
-"""Programs of merge that a multiprocessor should get."""
+MOST_PARTS = tl.constexpr(64)
+"""Partials of a head's compressed branch that merge has at a time."""
+SUMS = 2**10
+"""Block sums, of heads, that a program of block_scores has."""
+MERGED = {"thread": 64, "program": 2**12}
+"""Numbers of partials that merge has a thread, and of several heads a program."""
 
 
 @triton.jit
@@ -128,75 +136,89 @@ def attend_split(
     store_part(p_o, p_max, p_sum, b_o, b_max, b_sum, o_part, m_r, E, DV)
 
 
-@triton.jit(do_not_specialize=["SPLITS", "TILES"])
+@triton.jit(do_not_specialize=["SPLITS", "TILES", "PARTS", "WIDTH"])
 def block_scores(
-    p_at, p_max, p_sum, p_top, p_own, p_next, p_scores, SPLITS, TILES, G: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
-    LENGTH: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr, BLOCK: tl.constexpr, BJ: tl.constexpr,
-    SPLITS_UP: tl.constexpr, OVERLAP: tl.constexpr,
+    p_at, p_max, p_sum, p_top, p_own, p_next, p_scores, SPLITS, TILES, PARTS, WIDTH, G: tl.constexpr, R: tl.constexpr,
+    RP: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr, BLOCK: tl.constexpr, BJ: tl.constexpr,
+    BT: tl.constexpr, SPLITS_UP: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """imp[j] = sum over a group's heads of the merged block sums, of the BJ blocks of one tile."""
-    follow(OVERLAP)
-    i_bg, i_tile = (tl.program_id(0) // TILES).to(tl.int64), tl.program_id(0) % TILES
+    """The merged block sums of BT tiles, added up over a group's heads: what block j gets from its own keys (scores[0, j]) and
+    from those of block j - 1 (scores[1, j]), of which imp[j] is the sum; zeros behind the last key. scores [2, WIDTH] a group;
+    [1, 0] is not written."""
+    i_bg, i_part = (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(0) % PARTS
     at = tl.load(p_at + i_bg // G).to(tl.int32)
-    current, count = at // BLOCK, blocks_seen(at + 1, LENGTH, STRIDE)
-    o_i = tl.arange(0, BJ)
-    o_j = i_tile * BJ + o_i
-    if i_tile * BJ <= current:
-        o_r, o_s = tl.arange(0, RP), tl.arange(0, SPLITS_UP)
-        m_r = (o_r < R)[:, None]
-        o_split = (i_bg * SPLITS + o_s)[None, :] * R + o_r[:, None]
-        m_s = m_r & (o_s < SPLITS)[None, :]
-        b_max = tl.load(p_max + o_split, mask=m_s, other=LEAST)
-        b_sum = tl.load(p_sum + o_split, mask=m_s, other=0.0)
-        m_own = m_r & (o_j * RATIO < count)[None, :]
-        o_own = (i_bg * TILES + i_tile) * R + o_r
-        b_own = tl.load(p_own + o_own[:, None] * BJ + o_i[None, :], mask=m_own, other=0.0)
-        b_top = tl.load(p_top + o_own, mask=o_r < R, other=LEAST)
-        top = tl.max(b_max, 1)
-        total = tl.sum(b_sum * tl.exp2(b_max - top[:, None]), 1)
-        lse = tl.where(total > 0, top + tl.log2(tl.maximum(total, 1e-30)), float("inf"))
-        seen = i_tile * BJ * RATIO < count  # otherwise nothing was left here
-        b_score = tl.sum(b_own * tl.where(seen, tl.exp2(b_top - lse), 0.0)[:, None], 0)
-        if LENGTH > STRIDE:
-            o_left = tl.maximum(o_j - 1, 0)
-            m_left = m_r & ((o_j > 0) & ((o_j - 1) * RATIO < count))[None, :]
-            o_next = ((i_bg * TILES + o_left // BJ) * R)[None, :] + o_r[:, None]
-            b_right = tl.load(p_next + o_next * BJ + (o_left % BJ)[None, :], mask=m_left, other=0.0)
-            b_top = tl.load(p_top + o_next, mask=m_left, other=LEAST)
-            b_score += tl.sum(b_right * tl.exp2(b_top - lse[:, None]), 0)
-        tl.store(p_scores + i_bg * TILES * BJ + o_j, b_score)
-
-
-@triton.jit(do_not_specialize=["STRIDE_SCORES"])
-def select_blocks(
-    p_at, p_scores, p_indices, STRIDE_SCORES, G: tl.constexpr, BLOCK: tl.constexpr, NUM: tl.constexpr, NUM_INIT: tl.constexpr,
-    NUM_LOCAL: tl.constexpr, PLACES: tl.constexpr, WIDTH: tl.constexpr, WAYS: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """The forced blocks and the most important others of one group."""
     follow(OVERLAP)
-    i_bg = tl.program_id(0).to(tl.int64)
+    if i_part * BT * BJ <= at // BLOCK:
+        o_t = i_part * BT + tl.arange(0, BT)
+        count = blocks_seen(at + 1, LENGTH, STRIDE)
+        o_r, o_i, o_s = tl.arange(0, RP), tl.arange(0, BJ), tl.arange(0, SPLITS_UP)
+        m_r = o_r < R
+        o_row = (i_bg * TILES + o_t)[:, None] * R + o_r[None, :]
+        m_row = (o_t * (BJ * RATIO) < count)[:, None] & m_r[None, :]
+        o_sum = o_row[:, :, None] * BJ + o_i[None, None, :]
+        b_own = tl.load(p_own + o_sum, mask=m_row[:, :, None], other=0.0)  # all is asked for before anything is waited for
+        b_next = tl.zeros_like(b_own)
+        if LENGTH > STRIDE:
+            b_next = tl.load(p_next + o_sum, mask=m_row[:, :, None], other=0.0)
+        b_top = tl.load(p_top + o_row, mask=m_row, other=LEAST)
+        o_split = (i_bg * SPLITS + o_s)[:, None] * R + o_r[None, :]
+        m_split = (o_s < SPLITS)[:, None] & m_r[None, :]
+        b_max = tl.load(p_max + o_split, mask=m_split, other=LEAST)
+        b_sum = tl.load(p_sum + o_split, mask=m_split, other=0.0)
+        top = tl.max(b_max, 0)
+        total = tl.sum(b_sum * tl.exp2(b_max - top[None, :]), 0)
+        lse = tl.where(total > 0, top + tl.log2(tl.maximum(total, 1e-30)), float("inf"))
+        b_weight = tl.exp2(b_top - lse[None, :])[:, :, None]
+        o_j = o_t[:, None] * BJ + o_i[None, :]
+        p_own_score = p_scores + i_bg * 2 * WIDTH
+        tl.store(p_own_score + o_j, tl.sum(b_own * b_weight, 1), mask=o_j < WIDTH)
+        if LENGTH > STRIDE:
+            tl.store(p_own_score + WIDTH + 1 + o_j, tl.sum(b_next * b_weight, 1), mask=o_j + 1 < WIDTH)
+
+
+@triton.jit
+def stored_scores(p_scores, i_bg, o_j, WIDTH: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr):
+    """imp of blocks o_j as block_scores left it; without meaning beyond the query's own block."""
+    p_score = p_scores + i_bg.to(tl.int64) * 2 * WIDTH + o_j
+    b_score = tl.load(p_score)
+    if LENGTH > STRIDE:
+        b_score += tl.where(o_j > 0, tl.load(p_score + WIDTH), 0.0)
+    return b_score
+
+
+@triton.jit
+def select_blocks(
+    p_at, p_scores, p_indices, G: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
+    NUM: tl.constexpr, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr, PLACES: tl.constexpr, WIDTH: tl.constexpr,
+    WAYS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """The selection of one group, of more blocks than a program of gather_split has room for."""
+    i_bg = tl.program_id(0)
     current = tl.load(p_at + i_bg // G).to(tl.int32) // BLOCK
+    follow(OVERLAP)
     o_j = tl.arange(0, WIDTH)
-    b_score = tl.load(p_scores + i_bg * STRIDE_SCORES + o_j, mask=o_j <= current, other=0.0)
-    top_blocks(b_score, o_j, current, p_indices + i_bg * NUM, NUM, NUM_INIT, NUM_LOCAL, PLACES, WAYS)
+    b_score = stored_scores(p_scores, i_bg, o_j, WIDTH, LENGTH, STRIDE)
+    top_blocks(b_score, o_j, current, p_indices + i_bg.to(tl.int64) * NUM, NUM, NUM_INIT, NUM_LOCAL, PLACES, WAYS)
 
 
 @triton.jit(do_not_specialize=["PARTS", "PER_SELECTED", "PER_WINDOW", "SELECTED_PARTS"])
 def gather_split(
-    p_q, p_k, p_v, p_k_win, p_v_win, p_indices, p_at, p_o, p_max, p_sum, PARTS, SELECTED_PARTS, PER_SELECTED, PER_WINDOW, scale,
-    stride_qb, stride_qh, stride_kb, stride_kg, stride_ks, stride_vb, stride_vg, stride_vs, stride_wkb, stride_wkg, stride_wks,
-    stride_wvb, stride_wvg, stride_wvs, G: tl.constexpr, R: tl.constexpr, RM: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-    DK: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, NUM: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr,
-    BN: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    p_q, p_k, p_v, p_k_win, p_v_win, p_scores, p_indices, p_at, p_o, p_max, p_sum, PARTS, SELECTED_PARTS, PER_SELECTED,
+    PER_WINDOW, scale, stride_qb, stride_qh, stride_kb, stride_kg, stride_ks, stride_vb, stride_vg, stride_vs, stride_wkb,
+    stride_wkg, stride_wks, stride_wvb, stride_wvg, stride_wvs, G: tl.constexpr, R: tl.constexpr, RM: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, NUM: tl.constexpr,
+    WINDOW: tl.constexpr, RING: tl.constexpr, BN: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr,
+    NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr, PLACES: tl.constexpr, WIDTH: tl.constexpr, WAYS: tl.constexpr,
+    PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Unnormalised o, maximum and sum of some tiles of one group: of the selected blocks, or of the window (a ring, or not).
 
     The first SELECTED_PARTS of a group's PARTS programs have PER_SELECTED tiles of the selected blocks each, the others
-    PER_WINDOW of the window.
+    PER_WINDOW of the window. These wait for nothing; those make the selection, each for itself: that takes less time than
+    another launch. indices [groups, SELECTED_PARTS, NUM], or, with WIDTH 0, as select_blocks left them, [groups, NUM].
     """
     SELECTED_TILES: tl.constexpr = (NUM * BLOCK + BN - 1) // BN
     WINDOW_TILES: tl.constexpr = (WINDOW + BN - 1) // BN
-    follow(OVERLAP)
     i_bg, i_part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     i_b, i_g = (i_bg // G).to(tl.int64), (i_bg % G).to(tl.int64)
     length = tl.load(p_at + i_b).to(tl.int32) + 1
@@ -206,79 +228,114 @@ def gather_split(
     b_max = tl.full([RM], LEAST, tl.float32)
     b_sum = tl.zeros([RM], tl.float32)
     b_o = tl.zeros([RM, DV], tl.float32)
-    if i_part < SELECTED_PARTS:
+    is_selected = i_part < SELECTED_PARTS
+    p_chosen = p_indices + i_bg.to(tl.int64) * NUM
+    if WIDTH > 0:
+        p_chosen = p_indices + (i_bg.to(tl.int64) * SELECTED_PARTS + i_part) * NUM
+    if is_selected:
+        follow(OVERLAP)
+        if WIDTH > 0:
+            o_j = tl.arange(0, WIDTH)
+            b_score = stored_scores(p_scores, i_bg, o_j, WIDTH, LENGTH, STRIDE)
+            top_blocks(b_score, o_j, (length - 1) // BLOCK, p_chosen, NUM, NUM_INIT, NUM_LOCAL, PLACES, WAYS)
+            tl.debug_barrier()  # every thread reads what others wrote
         p_keys, p_values = p_k + i_b * stride_kb + i_g * stride_kg, p_v + i_b * stride_vb + i_g * stride_vg
+        step_k, step_v = stride_ks, stride_vs
         first = i_part * PER_SELECTED
-        for i_tile in range(first, tl.minimum(first + PER_SELECTED, SELECTED_TILES)):
-            o_a = i_tile * BN + o_n
-            block = tl.load(p_indices + i_bg.to(tl.int64) * NUM + o_a // BLOCK, mask=o_a < NUM * BLOCK, other=-1)
-            o_s = block * BLOCK + o_a % BLOCK
-            m_s = (block >= 0) & (o_s < length)
-            b_k = load_tile(p_keys, o_s.to(tl.int64) * stride_ks, m_s, D, DK, "evict_first")
-            b_v = load_tile(p_values, o_s.to(tl.int64) * stride_vs, m_s, E, DV, "evict_first")
-            b_max, b_sum, b_o, _ = one_more(b_q, b_k, b_v, m_s, b_max, b_sum, b_o, scale, PRECISION)
+        last = tl.minimum(first + PER_SELECTED, SELECTED_TILES)
     else:
         p_keys, p_values = p_k_win + i_b * stride_wkb + i_g * stride_wkg, p_v_win + i_b * stride_wvb + i_g * stride_wvg
+        step_k, step_v = stride_wks, stride_wvs
         first = (i_part - SELECTED_PARTS) * PER_WINDOW
-        for i_tile in range(first, tl.minimum(first + PER_WINDOW, WINDOW_TILES)):
-            o_a = i_tile * BN + o_n
-            m_s = (o_a < WINDOW) & (o_a < length)
-            o_s = o_a if RING else tl.maximum(length - 1 - o_a, 0)
-            b_k = load_tile(p_keys, o_s.to(tl.int64) * stride_wks, m_s, D, DK, "evict_first")
-            b_v = load_tile(p_values, o_s.to(tl.int64) * stride_wvs, m_s, E, DV, "evict_first")
-            b_max, b_sum, b_o, _ = one_more(b_q, b_k, b_v, m_s, b_max, b_sum, b_o, scale, PRECISION)
+        last = tl.minimum(first + PER_WINDOW, WINDOW_TILES)
+    o_a = first * BN + o_n
+    chosen = tl.where(is_selected, NUM * BLOCK, 0)
+    b_block = tl.load(p_chosen + o_a // BLOCK, mask=o_a < chosen, other=-1)
+    for _ in range(first, last):
+        o_s = b_block * BLOCK + o_a % BLOCK
+        m_s = (b_block >= 0) & (o_s < length)
+        o_win = o_a if RING else tl.maximum(length - 1 - o_a, 0)
+        o_s = tl.where(is_selected, o_s, o_win).to(tl.int64)
+        m_s = tl.where(is_selected, m_s, (o_a < WINDOW) & (o_a < length))
+        o_a += BN  # the next tile's blocks are asked for before this one's keys
+        b_block = tl.load(p_chosen + o_a // BLOCK, mask=o_a < chosen, other=-1)
+        b_k = load_tile(p_keys, o_s * step_k, m_s, D, DK, "evict_first")
+        b_v = load_tile(p_values, o_s * step_v, m_s, E, DV, "evict_first")
+        b_max, b_sum, b_o, _ = one_more(b_q, b_k, b_v, m_s, b_max, b_sum, b_o, scale, PRECISION)
+    if i_part >= SELECTED_PARTS:
+        follow(OVERLAP)
     o_part = tl.program_id(0).to(tl.int64) * R + o_r
     store_part(p_o, p_max, p_sum, b_o, b_max, b_sum, o_part, m_r, E, DV)
 
 
 @triton.jit
-def merge_parts(p_o, p_max, p_sum, first, parts, i_r, o_e, R: tl.constexpr, E: tl.constexpr, UP: tl.constexpr):
-    """Channels o_e of one head's output, from its `parts` <= UP partials, those from `first` on; zeros if all are empty."""
-    STEP: tl.constexpr = UP if UP <= 64 else 64
-    o_p = tl.arange(0, UP)
-    o_row = (first + o_p) * R + i_r
-    b_sum = tl.load(p_sum + o_row, mask=o_p < parts, other=0.0)
-    b_max = tl.load(p_max + o_row, mask=o_p < parts, other=LEAST)
-    top = tl.max(b_max, 0)
-    b_weight = tl.exp2(b_max - top)  # 1 if all are empty, of partials that are zeros
-    total = tl.sum(b_sum * b_weight, 0)
-    if STEP == UP:
-        b_part = tl.load(p_o + o_row[:, None] * E + o_e[None, :], mask=(o_p < parts)[:, None] & (o_e < E)[None, :], other=0.0)
-        b_o = tl.sum(b_part * b_weight[:, None], 0)
-    else:
-        b_o = o_e * 0.0
-        for i in range(0, parts, STEP):
-            o_i = i + tl.arange(0, STEP)
-            o_part = (first + o_i) * R + i_r
-            b_share = tl.exp2(tl.load(p_max + o_part, mask=o_i < parts, other=LEAST) - top)
-            m_share = (o_i < parts)[:, None] & (o_e < E)[None, :]
-            b_o += tl.sum(tl.load(p_o + o_part[:, None] * E + o_e[None, :], mask=m_share, other=0.0) * b_share[:, None], 0)
-    return b_o / tl.where(total > 0, total, 1.0)
+def load_parts(p_o, p_max, p_sum, i_bg, i_r, m_h, ALL, first, o_e, R: tl.constexpr, E: tl.constexpr, UP: tl.constexpr):
+    """At most UP of some heads' ALL partials, from `first` on: channels o_e [BH, UP, BE], maximum and sum [BH, UP]."""
+    o_p = first + tl.arange(0, UP)
+    o_row = ((i_bg * ALL)[:, None] + o_p[None, :]) * R + i_r[:, None]
+    m_row = m_h[:, None] & (o_p < ALL)[None, :]
+    m_o = m_row[:, :, None] & (o_e < E)[None, None, :]
+    b_o = tl.load(p_o + o_row[:, :, None] * E + o_e[None, None, :], mask=m_o, other=0.0, cache_modifier=".cg")
+    b_max = tl.load(p_max + o_row, mask=m_row, other=LEAST, cache_modifier=".cg")
+    b_sum = tl.load(p_sum + o_row, mask=m_row, other=0.0, cache_modifier=".cg")
+    return b_o, b_max, b_sum
 
 
-@triton.jit(do_not_specialize=["SPLITS", "PARTS", "SELECTED_PARTS"])
+@triton.jit
+def branch_weights(b_max, b_sum, m_part):
+    """What partials [BH, UP] count in their branch, m_part [1, UP]; all zeros where it is empty."""
+    top = tl.max(tl.where(m_part, b_max, LEAST), 1)
+    b_weight = tl.where(m_part, tl.exp2(b_max - top[:, None]), 0.0)
+    total = tl.sum(b_sum * b_weight, 1)
+    return b_weight / tl.where(total > 0, total, float("inf"))[:, None]
+
+
+@triton.jit(do_not_specialize=["HEADS", "SPLITS", "PARTS", "SELECTED_PARTS"])
 def merge(
-    p_cmp, p_cmp_max, p_cmp_sum, p_o, p_max, p_sum, p_gates, p_out, SPLITS, PARTS, SELECTED_PARTS, stride_gb, stride_gh,
-    stride_gr, H: tl.constexpr, R: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, SPLITS_UP: tl.constexpr,
-    SELECTED_UP: tl.constexpr, WINDOW_UP: tl.constexpr, BRANCHES: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    p_cmp, p_cmp_max, p_cmp_sum, p_o, p_max, p_sum, p_gates, p_out, HEADS, SPLITS, PARTS, SELECTED_PARTS, stride_gb, stride_gh,
+    stride_gr, H: tl.constexpr, R: tl.constexpr, E: tl.constexpr, BH: tl.constexpr, BE: tl.constexpr, SPLITS_UP: tl.constexpr,
+    PARTS_UP: tl.constexpr, BRANCHES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """o = g_cmp o_cmp + g_slc o_slc + g_win o_win, BE channels of one head; o_cmp alone if BRANCHES is 1."""
-    follow(OVERLAP)
-    i_bh = tl.program_id(0).to(tl.int64)
-    i_bg, i_r = i_bh // R, i_bh % R
+    """o = g_cmp o_cmp + g_slc o_slc + g_win o_win, BE channels of BH heads; o_cmp alone if BRANCHES is 1.
+
+    Of three branches, the first is merged before the last kernel, gather_split, is waited for."""
+    STEP: tl.constexpr = SPLITS_UP if SPLITS_UP <= MOST_PARTS else MOST_PARTS
+    i_bh = tl.program_id(0).to(tl.int64) * BH + tl.arange(0, BH)
+    i_bg, i_r, m_h = i_bh // R, i_bh % R, i_bh < HEADS
     o_e = tl.program_id(1) * BE + tl.arange(0, BE)
-    b_o = merge_parts(p_cmp, p_cmp_max, p_cmp_sum, i_bg * SPLITS, SPLITS, i_r, o_e, R, E, SPLITS_UP)
-    if BRANCHES == 3:
-        first = i_bg * PARTS
-        b_slc = merge_parts(p_o, p_max, p_sum, first, SELECTED_PARTS, i_r, o_e, R, E, SELECTED_UP)
-        first += SELECTED_PARTS
-        b_win = merge_parts(p_o, p_max, p_sum, first, PARTS - SELECTED_PARTS, i_r, o_e, R, E, WINDOW_UP)
+    if BRANCHES == 1:
+        follow(OVERLAP)
+    else:
         p_gate = p_gates + i_bh // H * stride_gb + i_bh % H * stride_gh
-        b_o = b_o * tl.load(p_gate).to(tl.float32)
-        b_o += b_slc * tl.load(p_gate + stride_gr).to(tl.float32)
-        b_o += b_win * tl.load(p_gate + 2 * stride_gr).to(tl.float32)
-    tl.store(p_out + i_bh * E + o_e, b_o, mask=o_e < E)
+        g_cmp = tl.load(p_gate, mask=m_h, other=0.0).to(tl.float32)
+        g_slc = tl.load(p_gate + stride_gr, mask=m_h, other=0.0).to(tl.float32)
+        g_win = tl.load(p_gate + 2 * stride_gr, mask=m_h, other=0.0).to(tl.float32)
+    if SPLITS_UP == STEP:
+        b_part, b_max, b_sum = load_parts(p_cmp, p_cmp_max, p_cmp_sum, i_bg, i_r, m_h, SPLITS, 0, o_e, R, E, STEP)
+        b_weight = branch_weights(b_max, b_sum, (tl.arange(0, STEP) < SPLITS)[None, :])
+        b_o = tl.sum(b_part * b_weight[:, :, None], 1)
+    else:
+        top = tl.full([BH], LEAST, tl.float32)
+        total = tl.zeros([BH], tl.float32)
+        b_o = tl.zeros([BH, BE], tl.float32)
+        for i in range(0, SPLITS, STEP):
+            b_part, b_max, b_sum = load_parts(p_cmp, p_cmp_max, p_cmp_sum, i_bg, i_r, m_h, SPLITS, i, o_e, R, E, STEP)
+            new = tl.maximum(top, tl.max(b_max, 1))
+            decay = tl.exp2(top - new)
+            b_weight = tl.exp2(b_max - new[:, None])
+            total = total * decay + tl.sum(b_sum * b_weight, 1)
+            b_o = b_o * decay[:, None] + tl.sum(b_part * b_weight[:, :, None], 1)
+            top = new
+        b_o = b_o / tl.where(total > 0, total, 1.0)[:, None]
+    if BRANCHES == 3:
+        b_o = b_o * g_cmp[:, None]
+        follow(OVERLAP)
+        b_part, b_max, b_sum = load_parts(p_o, p_max, p_sum, i_bg, i_r, m_h, PARTS, 0, o_e, R, E, PARTS_UP)
+        m_slc = (tl.arange(0, PARTS_UP) < SELECTED_PARTS)[None, :]
+        b_weight = branch_weights(b_max, b_sum, m_slc) * g_slc[:, None]
+        b_weight += branch_weights(b_max, b_sum, m_slc == 0) * g_win[:, None]
+        b_o += tl.sum(b_part * b_weight[:, :, None], 1)
+    tl.store(p_out + i_bh[:, None] * E + o_e[None, :], b_o, mask=m_h[:, None] & (o_e < E)[None, :])
 
 
 def decode_attention(
@@ -292,8 +349,10 @@ def decode_attention(
     r, block, widest = p.r, config.select_block, max(p.dk, p.dv) * size
     ratio = block // config.compress_stride
     step = next_power_of_2(ratio)
-    bj = max(1, min(128, SPLIT_BYTES[size] // widest) // step)
-    tiles = cdiv(config.num_select_blocks(k.shape[2]), bj)
+    bj, blocks = max(1, min(128, SPLIT_BYTES[size] // widest) // step), config.num_select_blocks(k.shape[2])
+    while bj > 1 and bj * step > 32 and groups * cdiv(blocks, bj) < cores(device):  # few rows: short ways
+        bj //= 2
+    tiles = cdiv(blocks, bj)
     splits, per = _share(tiles, groups, _programs(SPLIT_STAGES[size] - 1, 2 * bj * step * widest, device))
     heads = {"G": g, "R": r, "RM": max(LEAST_ROWS, p.rp), "D": d, "E": e, "DK": p.dk, "DV": p.dv, "PRECISION": p.precision}
     shape = {"LENGTH": config.compress_block, "STRIDE": config.compress_stride, "RATIO": ratio}
@@ -307,18 +366,13 @@ def decode_attention(
         *q_cmp.stride()[:2], *k_cmp.stride()[:3], *v_cmp.stride()[:3], **heads, **shape, STEP=step, BJ=bj, SUMS=True,
         num_warps=WARPS[size], num_stages=SPLIT_STAGES[size], **late,
     )  # fmt: skip
-    (scores,) = _floats(device, (groups, tiles, bj))
-    splits_up = next_power_of_2(splits)
-    block_scores[(groups * tiles,)](
-        positions, cmp_max, cmp_sum, top, own, right, scores, splits, tiles, G=g, R=r, RP=p.rp, **shape, BLOCK=block, BJ=bj,
-        SPLITS_UP=splits_up, num_warps=4, **late,
-    )  # fmt: skip
-    indices = torch.empty(b, g, 1, config.num_selected, dtype=torch.int32, device=device)
-    width = max(16, next_power_of_2(tiles * bj))
-    select_blocks[(groups,)](
-        positions, scores, indices, tiles * bj, G=g, BLOCK=block, NUM=config.num_selected, NUM_INIT=config.num_init,
-        NUM_LOCAL=config.num_local, PLACES=next_power_of_2(config.num_selected), WIDTH=width,
-        WAYS=max(1, min(16, COMPARISONS // width)), num_warps=max(1, min(16, width // 128)), **late,
+    width, splits_up, bt = max(16, next_power_of_2(tiles * bj)), next_power_of_2(splits), 1
+    (scores,) = _floats(device, (groups, 2, width))
+    while 2 * bt * p.rp * bj <= SUMS and groups * cdiv(tiles, 2 * bt) >= cores(device):
+        bt *= 2
+    block_scores[(groups * cdiv(tiles, bt),)](
+        positions, cmp_max, cmp_sum, top, own, right, scores, splits, tiles, cdiv(tiles, bt), width, G=g, R=r, RP=p.rp, **shape,
+        BLOCK=block, BJ=bj, BT=bt, SPLITS_UP=splits_up, num_warps=4, **late,
     )  # fmt: skip
     ring = k_win is not None and v_win is not None
     keys, values = (k_win, v_win) if k_win is not None and v_win is not None else (k, v)
@@ -331,22 +385,32 @@ def decode_attention(
         most += 1
     selected, per_selected = _even(selected, most)
     window, per_window = _even(window, most)
-    o, top, total = _floats(device, (groups, selected + window, r, e), *((groups, selected + window, r),) * 2)
+    choice = {
+        "LENGTH": config.compress_block, "STRIDE": config.compress_stride, "BLOCK": block, "NUM": config.num_selected,
+        "NUM_INIT": config.num_init, "NUM_LOCAL": config.num_local, "PLACES": next_power_of_2(config.num_selected),
+    }  # fmt: skip
+    fused = width <= CHOICE_WIDTH
+    indices = torch.empty(b, g, selected if fused else 1, config.num_selected, dtype=torch.int32, device=device)
+    if not fused:
+        select_blocks[(groups,)](
+            positions, scores, indices, G=g, **choice, WIDTH=width, WAYS=_ways("select", width),
+            num_warps=max(1, min(16, width // 128)), **late,
+        )  # fmt: skip
+    o, part_max, part_sum = _floats(device, (groups, selected + window, r, e), *((groups, selected + window, r),) * 2)
     gather_split[(groups * (selected + window),)](
-        q, k, v, keys, values, indices, positions, o, top, total, selected + window, selected, per_selected, per_window,
-        p.scale_log2, *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *keys.stride()[:3], *values.stride()[:3], **heads,
-        BLOCK=block, NUM=config.num_selected, WINDOW=config.window, RING=ring, BN=bn, num_warps=WARPS[size],
-        num_stages=GATHER_STAGES[size], **late,
+        q, k, v, keys, values, scores, indices, positions, o, part_max, part_sum, selected + window, selected, per_selected,
+        per_window, p.scale_log2, *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
+        **heads, **choice, WINDOW=config.window, RING=ring, BN=bn, WIDTH=width if fused else 0, WAYS=_ways("gather", width),
+        num_warps=WARPS[size], num_stages=GATHER_STAGES[size], **late,
     )  # fmt: skip
     out = torch.empty(b, h, 1, e, dtype=q.dtype, device=device)
-    be = _channels(b * h, p.dv, device)
-    merge[(b * h, cdiv(e, be))](
-        o_cmp, cmp_max, cmp_sum, o, top, total, gates, out, splits, selected + window, selected, gates.stride(0),
-        gates.stride(1), gates.stride(3), H=h, R=r, E=e, BE=be, SPLITS_UP=splits_up,
-        SELECTED_UP=next_power_of_2(selected), WINDOW_UP=next_power_of_2(window), BRANCHES=3, num_warps=4,
-        **late,
+    ups = {"SPLITS_UP": splits_up, "PARTS_UP": next_power_of_2(selected + window)}
+    grid, shares = _merging(b * h, p.dv, e, ups, device)
+    merge[grid](
+        o_cmp, cmp_max, cmp_sum, o, part_max, part_sum, gates, out, b * h, splits, selected + window, selected,
+        gates.stride(0), gates.stride(1), gates.stride(3), H=h, R=r, E=e, **ups, **shares, BRANCHES=3, **late,
     )  # fmt: skip
-    return out, indices
+    return out, indices[:, :, :1]
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, positions: Tensor, scale: float) -> Tensor:
@@ -366,10 +430,11 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, positions: Tensor, scale
         num_warps=WARPS[size], num_stages=SPLIT_STAGES[size], **late,
     )  # fmt: skip
     out = torch.empty(b, h, 1, e, dtype=q.dtype, device=device)
-    be = _channels(b * h, dv, device)
-    merge[(b * h, cdiv(e, be))](
-        o, top, total, o, top, total, q, out, splits, splits, splits, 0, 0, 0, H=h, R=r, E=e, BE=be,
-        SPLITS_UP=next_power_of_2(splits), SELECTED_UP=1, WINDOW_UP=1, BRANCHES=1, num_warps=4, **late,
+    ups = {"SPLITS_UP": next_power_of_2(splits), "PARTS_UP": 0}
+    grid, shares = _merging(b * h, dv, e, ups, device)
+    merge[grid](
+        o, top, total, o, top, total, q, out, b * h, splits, splits, splits, 0, 0, 0, H=h, R=r, E=e, **ups, **shares, BRANCHES=1,
+        **late,
     )  # fmt: skip
     return out
 
@@ -391,9 +456,19 @@ def _even(tiles: int, most: int) -> tuple[int, int]:
     return cdiv(tiles, per), per
 
 
-def _channels(heads: int, dim: int, device: torch.device) -> int:
-    """Channels of a program of merge: all, or fewer where there are few heads."""
-    return dim if heads >= MERGE_PROGRAMS * cores(device) else min(dim, 32)
+def _ways(kernel: str, width: int) -> int:
+    least, comparisons = WAYS[kernel]
+    return max(least, min(16, comparisons // width))
+
+
+def _merging(heads: int, dim: int, e: int, ups: dict[str, int], device: torch.device) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid of merge, and the channels and heads of a program: few channels of few heads, several heads of many."""
+    be, bh = dim if heads >= 2 * cores(device) else min(dim, 32), 1
+    parts = min(ups["SPLITS_UP"], MOST_PARTS.value) + ups.get("PARTS_UP", 0)
+    while 2 * bh * parts * be <= MERGED["program"] and heads >= 16 * bh * cores(device):
+        bh *= 2
+    warps = max(1, min(8, next_power_of_2(bh * parts * be // (32 * MERGED["thread"]))))
+    return (cdiv(heads, bh), cdiv(e, be)), {"BH": bh, "BE": be, "num_warps": warps}
 
 
 def _floats(device: torch.device, *shapes: tuple[int, ...]) -> list[Tensor]:

@@ -30,8 +30,6 @@ MOST_ROWS = 128
 """Of a tile, for a group of at most as many heads."""
 ITEM = {"forward": 64, "backward": 128}
 """Queries an item of the inverted index, at most."""
-KEY_STAGES = {"num_stages": 2}
-"""Of the finishing kernels' loops over forced keys; their tile's stages are those of the loop over partials."""
 KEY_BYTES = {2: 2**16, 4: 2**15}
 """A selected block's keys, or values, on chip at a time, by the bytes of a number (float32's products take registers)."""
 DKV_PROGRAMS = 2048
@@ -131,7 +129,8 @@ class Selection:
         self.sub = whole // self.bs
         self.places = next_power_of_2(max(self.free, 1)) * self.sub
         self.causal = self.num_local == 0
-        a_row = max(self.free, 1) * self.sub * p.r * max(p.d, p.e) * p.dtype.itemsize
+        heads = p.rp if way == "forward" else p.r  # of a partial
+        a_row = max(self.free, 1) * self.sub * heads * max(p.d, p.e) * p.dtype.itemsize
         wanted = max(UNIT_TOKENS[way], LEAST_LIST * p.select_blocks // max(self.free, 1))
         most = min(wanted, PART_BYTES[way] // a_row) // MOST_ROWS * MOST_ROWS  # whole tiles
         self.chunk = min(max(most, MOST_ROWS), cdiv(p.n, MOST_ROWS) * MOST_ROWS)
@@ -146,9 +145,13 @@ class Selection:
             )  # fmt: skip
         self.units_a_part = max(1, min(self.units, PART_BYTES[way] // (a_row * min(self.chunk, p.n))))
 
+    def part_rows(self) -> int:
+        """Rows (b g t) of the largest chunk of units."""
+        return self.units_a_part * min(self.chunk, self.p.n)
+
     def part_entries(self) -> int:
         """Entries of the largest chunk of units."""
-        return self.units_a_part * min(self.chunk, self.p.n) * self.free
+        return self.part_rows() * self.free
 
     def chunks(self) -> list[tuple[int, int, int]]:
         """(first unit, last unit + 1, first row (b g t)) of every chunk."""
@@ -195,12 +198,13 @@ def selected_forward(
     s = Selection(indices, p, forced=forced, way="forward")
     parts, finish = _tile("selected_parts", p), _tile("selected_finish", p)
     m_parts, m = _rows(parts, p), _rows(finish, p)
-    part_o = part_lse = None
+    part_o = part_lse = d_o = None
+    part_width = cdiv(p.e, 16 // p.dtype.itemsize) * (16 // p.dtype.itemsize)  # rows fit for the copy engine
+    entries, rows = s.part_entries(), s.part_rows()
     if s.index is not None:
-        entries = s.part_entries()
-        part_o = torch.empty(entries * s.sub, p.r, p.e, dtype=p.dtype, device=p.device)
-        part_lse = torch.empty(entries * s.sub, p.r, dtype=torch.float32, device=p.device)
-
+        part_o = torch.empty(1, s.free * s.sub, rows * p.rp, part_width, dtype=p.dtype, device=p.device)[..., : p.e]
+        part_lse = torch.empty(s.free * s.sub, rows * p.rp, dtype=torch.float32, device=p.device)
+        d_o = head_rows(part_o, m, p.dv)
     d_k, d_v = head_rows(k, finish.keys, p.dk), head_rows(v, finish.keys, p.dv)
     all_of = rest or Rest(k, v, q, out, out, lse, out)
     assert _at(out) == _at(all_of.total) == _at(all_of.o_cmp) == _at(all_of.o_win)
@@ -211,19 +215,20 @@ def selected_forward(
             i = s.index
             selected.selected_parts[(i.most_items(unit1 - unit0, entries) * s.sub,)](
                 q, k, v, part_o, part_lse, i.entries, i.ends, i.items, i.item_list, i.item_start,
-                p.table("sel_start"), p.table("sel_end"), unit0 * i.blocks, unit1 * i.blocks, row0, p.n, p.offset, s.a_head,
-                i.blocks, p.scale_log2, *_at(q), *_at(k), *_at(v), G=p.g, R=p.r, RP=p.rp, D=p.d, E=p.e, DK=p.dk, DV=p.dv,
+                p.table("sel_start"), p.table("sel_end"), unit0 * i.blocks, unit1 * i.blocks, row0, rows, p.n, p.offset,
+                s.a_head, i.blocks, p.scale_log2, *_at(q), *_at(k), *_at(v), G=p.g, R=p.r, RP=p.rp, D=p.d, E=p.e,
+                EP=part_width, DK=p.dk, DV=p.dv,
                 BLOCK=p.config.select_block, BS=s.bs, SUB=s.sub, FREE=s.free, ITEM=i.item, CAUSAL=s.causal, PACKED=p.packed,
                 M=m_parts, PRECISION=p.precision, **parts.options(),
             )  # fmt: skip
         grid = ((unit1 - unit0) * cdiv(s.chunk, m // p.rp),)
         selected.selected_finish[grid](
-            q, d_k, d_v, d_k_win, d_v_win, out, all_of.total, all_of.o_cmp, all_of.o_win, all_of.gates, indices, part_o,
-            part_lse, lse, all_of.lse_win, p.table("start"), unit0, row0, p.n, p.offset, s.a_head, s.chunk, cores(p.device),
+            q, d_k, d_v, d_k_win, d_v_win, out, all_of.total, all_of.o_cmp, all_of.o_win, all_of.gates, indices, d_o,
+            part_lse, lse, all_of.lse_win, p.table("start"), unit0, row0, rows, p.n, p.offset, s.a_head, s.chunk,
             p.scale_log2, *_at(q), *_at(out), *all_of.gates.stride(), G=p.g, R=p.r, RP=p.rp, D=p.d, E=p.e, DK=p.dk, DV=p.dv,
             PLACES=s.places,
             **s.constants(), M=m, BN=finish.keys, STAGES=finish.stages, PRECISION=p.precision, COMBINE=rest is not None,
-            **(finish.options() | KEY_STAGES),
+            **(finish.options() | {"num_stages": finish.key_stages}),
         )  # fmt: skip
 
 
@@ -344,7 +349,8 @@ def selected_backward(
             row0, p.n, p.offset, s.a_head, s.chunk, cores(p.device), p.scale_log2, p.scale, *_at(q), *_at(do), *_at(dq), G=p.g,
             R=p.r, RP=p.rp, D=p.d,
             E=p.e, DK=p.dk, DV=p.dv, **s.constants(), M=m, BN=finish.keys, STAGES=finish.stages, PRECISION=p.precision,
-            ADD=add, GATED=gate is not None, WINDOW_TOO=window is not None, **(finish.options() | KEY_STAGES),
+            ADD=add, GATED=gate is not None, WINDOW_TOO=window is not None,
+            **(finish.options() | {"num_stages": finish.key_stages}),
         )  # fmt: skip
     return dk, dv
 

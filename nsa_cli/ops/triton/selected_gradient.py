@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from nsa_cli.ops.triton.attend import INIT, LOCAL, WIN, gradient_keys, key_bounds, load_tile, row_offsets, store_tile
-from nsa_cli.ops.triton.selected import most_places, place_is_full, unit_tile, window_first
+from nsa_cli.ops.triton.selected import most_places, place_is_full, unit_tile
 
 
 @triton.jit(do_not_specialize=["LIST0", "LIST1", "ROW0", "N", "OFFSET", "UNITS_A_HEAD", "BLOCKS"])
@@ -181,6 +181,12 @@ def gradient_selected(
     return b_acc
 
 
+@triton.jit
+def window_first(CORES):
+    """Whether this program does its window before its partials: neighbours on a core should do different things at a time."""
+    return (tl.program_id(0) + tl.program_id(0) // CORES) % 2 == 0
+
+
 @triton.jit(do_not_specialize=["UNIT0", "ROW0", "N", "OFFSET", "UNITS_A_HEAD", "CHUNK", "CORES"])
 def selected_gradient_finish(
     p_q, p_do, d_k, d_v, d_k_win, d_v_win, p_dq, p_part_dq, p_lse, p_delta, p_gate, p_win_lse, p_win_delta, p_win_gate,
@@ -191,7 +197,7 @@ def selected_gradient_finish(
     NUM_LOCAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr, ADD: tl.constexpr, GATED: tl.constexpr, WINDOW_TOO: tl.constexpr,
 ):  # fmt: skip
-    """dq of a tile of the selected branch, and of the window if WINDOW_TOO (in either order, as in `selected_finish`).
+    """dq of a tile of the selected branch, and of the window if WINDOW_TOO (in either order, see `window_first`).
 
     Added to what p_dq holds if ADD.
     """

@@ -28,17 +28,22 @@ LAUNCH_ERRORS = (TritonError, RuntimeError)
 
 @dataclass(frozen=True)
 class Tile:
-    """rows: query rows of a tile (tokens times heads). keys: keys of a tile. registers: a cap a thread, 0 for none."""
+    """rows: query rows of a tile (tokens times heads). keys: keys of a tile. registers: a cap a thread, 0 for none.
+
+    key_stages: of the loops over keys in the finishing kernels, whose `stages` are those of the loop over partials.
+    """
 
     rows: int = 64
     keys: int = 64
     warps: int = 4
     stages: int = 2
     registers: int = 0
+    key_stages: int = 2
 
     def __str__(self) -> str:
         registers = f", {self.registers} registers" if self.registers else ""
-        return f"{self.rows} x {self.keys}, {self.warps} warps, {self.stages} stage{'s' * (self.stages != 1)}{registers}"
+        keys = f", {self.key_stages} of keys" if self.key_stages != 2 else ""
+        return f"{self.rows} x {self.keys}, {self.warps} warps, {self.stages} stage{'s' * (self.stages != 1)}{keys}{registers}"
 
     def options(self) -> dict[str, int]:
         """Triton's launch options."""
@@ -65,6 +70,7 @@ TABLE: dict[str, dict[str, Tile]] = {
         "window_dkv/256": Tile(64, 64, 4, 2),
         "forced_dkv/256": Tile(64, 64, 4, 2),
         "selected_parts/256": Tile(64, 64, 4, 1, 128),
+        "selected_finish/256/16": Tile(64, 32, 4, 4, 168, 3),
         "selected_finish/256": Tile(64, 64, 4, 4),
         "selected_gradient_parts/256": Tile(64, 64, 4, 2),
         "selected_gradient_finish/256": Tile(64, 64, 4, 5),
