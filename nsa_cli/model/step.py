@@ -44,8 +44,8 @@ def can_step(model: Transformer) -> bool:
 class Step:
     """Steps of one model, whose weights must not change meanwhile: projections of one input are kept side by side.
 
-    proven: the kinds of steps (with blocks, or not; how many rows) that have run here. can_run, can_capture: False once they could
-    not.
+    proven: the kinds of steps (with blocks, or not; how many rows) that have run here. can_run, can_capture: False once they
+    could not.
     """
 
     def __init__(self, model: Transformer) -> None:
