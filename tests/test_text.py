@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from nsa_cli.config import ModelConfig
 from nsa_cli.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
@@ -128,23 +128,17 @@ def test_prompts_are_cut_out_of_the_input(data: bytes, framing: Any, prompts: li
     assert split_prompts(data, framing) == prompts
 
 
-class Script:
+class Script(nn.Module):
     """A stand-in for the model: after a prompt, it says what a dict has for the prompt, one id a step, then 'z'
     forever."""
 
     def __init__(self, answers: dict[bytes, bytes], vocab: int = 256) -> None:
+        super().__init__()
         self.answers = answers
         self.config = ModelConfig(vocab_size=vocab)
         self.device = torch.device("cpu")
-        self.training = False
 
-    def eval(self) -> Script:
-        return self
-
-    def train(self, mode: bool = True) -> Script:
-        return self
-
-    def __call__(self, ids: Tensor, cache: ScriptCache, counts: Sequence[int] | None = None, last: bool = False) -> Tensor:
+    def forward(self, ids: Tensor, cache: ScriptCache, counts: Sequence[int] | None = None, last: bool = False) -> Tensor:
         logits = torch.zeros(*ids.shape, self.config.vocab_size)
         counts = counts or [ids.shape[1]] * len(ids)
         for row, new in enumerate(ids.tolist()):
