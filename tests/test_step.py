@@ -71,7 +71,7 @@ def test_steps_by_kernels_are_the_models_own(nsa: dict[str, Any] | None, shape: 
     want, got = (_filled(theirs, ids, counts, 19) for _ in "ab")
     step = Step(ours)
     step.reserve(got)
-    for place in range(4):
+    for place in range(5):
         new = _next(ids, want)
         expected = theirs(new[:, None], cache=want)[:, 0]
         with poisoned(torch.device(DEVICE)):
@@ -177,13 +177,13 @@ def test_replayed_steps_are_the_models_own(nsa: dict[str, Any] | None, graphs_wi
     if DEVICE != "cpu":
         pytest.skip("a GPU has graphs of its own")
     ours, theirs = _models(nsa, {})
-    ids, counts = torch.randint(33, (2, 40)), [7, 15]
+    ids, counts = torch.randint(33, (2, 40)), [6, 14]
     want, got = (_filled(theirs, ids, counts, 18) for _ in "ab")
     captured = CapturedStep(Step(ours), got)
-    for place in range(6):
+    for place in range(8):
         if place == 1:
             marks = want.mark(), got.mark()
-        if place == 2:
+        if place == 3:
             want.back_to(marks[0])
             got.back_to(marks[1])
         new = _next(ids, want)

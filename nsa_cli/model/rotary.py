@@ -3,8 +3,9 @@
 rotary-embedding-torch supplies the pairing of channels; the angles are made here, position * theta^(-2i/D) in float64 and
 taken modulo 2 pi before they are rounded to float32, so that cos and sin are within float32 rounding of a float64 computation
 at position 131,072 as at 0 (float32 angles are off by 4.8e-3 there). The package's own `rotate_queries_or_keys` makes
-positions in the tensor's dtype and is never used. Cosines and sines are made once a pass, by an operator that torch.compile
-does not look into: it would make them, float64 angles and all, again in every kernel that turns something.
+positions in the tensor's dtype and is never used. Cosines and sines are made once a pass (compressed blocks' where they are
+turned), by an operator that torch.compile does not look into: it would make them, float64 angles and all, again in every kernel
+that turns something.
 """
 
 from __future__ import annotations

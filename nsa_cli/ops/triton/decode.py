@@ -464,7 +464,7 @@ def _ways(kernel: str, width: int) -> int:
 def _merging(heads: int, dim: int, e: int, ups: dict[str, int], device: torch.device) -> tuple[tuple[int, int], dict[str, int]]:
     """Grid of merge, and the channels and heads of a program: few channels of few heads, several heads of many."""
     be, bh = dim if heads >= 2 * cores(device) else min(dim, 32), 1
-    parts = min(ups["SPLITS_UP"], MOST_PARTS.value) + ups.get("PARTS_UP", 0)
+    parts = min(ups["SPLITS_UP"], MOST_PARTS.value) + ups["PARTS_UP"]
     while 2 * bh * parts * be <= MERGED["program"] and heads >= 16 * bh * cores(device):
         bh *= 2
     warps = max(1, min(8, next_power_of_2(bh * parts * be // (32 * MERGED["thread"]))))
