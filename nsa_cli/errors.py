@@ -38,6 +38,17 @@ class NsaError(Exception):
         self.exit_code = int(exit_code)
 
 
+_NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator's error it is: PyTorch's on a CPU raises a plain RuntimeError. By name, so that a command which
+    never loaded torch need not load it to report its error."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)
+
+
 def tells_errors() -> bool:
     """Whether this process tells what all that torchrun started find by themselves: RANK is 0, or not set."""
     return os.environ.get("RANK", "") in ("", "0")

@@ -22,7 +22,7 @@ from nsa_cli.benchmark.parity import Parity
 from nsa_cli.benchmark.regression import compare_reports
 from nsa_cli.benchmark.report import find_crossovers, parity_gate, report_from_dict
 from nsa_cli.benchmark.runner import Runner
-from nsa_cli.benchmark.timing import Deadline, Timing, WallClock, measure, percentile, summarize
+from nsa_cli.benchmark.timing import Deadline, Timing, WallClock, Work, measure, percentile, summarize
 from nsa_cli.config import NSAConfig
 from nsa_cli.errors import ExitCode, NsaError
 from nsa_cli.ops import reference
@@ -40,10 +40,17 @@ class FakeClock:
 
     def __init__(self, seconds: Iterator[float]) -> None:
         self._seconds = seconds
+        self.batches: list[int] = []
 
-    def seconds(self, work: Callable[[], Any]) -> float:
-        work()
-        return next(self._seconds)
+    def seconds(self, work: Work, setup: Work | None = None, repeats: int = 1) -> list[float]:
+        self.batches.append(repeats)
+        taken = []
+        for _ in range(repeats):
+            if setup is not None:
+                setup()
+            work()
+            taken.append(next(self._seconds))
+        return taken
 
 
 def options(**changes: Any) -> BenchOptions:
@@ -109,7 +116,13 @@ def test_the_wall_clock_measures_the_work_and_not_its_disposal() -> None:
         def __del__(self) -> None:
             torch.randn(600, 600) @ torch.randn(600, 600)
 
-    assert WallClock().seconds(Slow) < 1e-3
+    assert WallClock().seconds(Slow)[0] < 1e-3
+
+
+def test_runs_are_handed_to_the_clock_together_once_their_length_is_known() -> None:
+    clock = FakeClock(iter([0.5] + [0.125] * 99))
+    assert measure(lambda: None, clock=clock, budget_s=1.0).repeats == 5
+    assert clock.batches == [1, 2, 2]
 
 
 def test_peak_memory_counts_a_temporary_that_is_gone_at_the_end() -> None:
@@ -371,6 +384,35 @@ def test_a_side_is_left_out_when_another_length_says_that_it_would_not_end_in_ti
     assert note == "dense left out, about 53 s a run: time limit"
     now[0] = 101.0
     assert runner._side("forward", "dense", 10, lambda: figures(1.0))[0] is None
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")])
+def test_a_side_that_does_not_fit_into_memory_is_left_out_and_the_report_goes_on(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(bench: Bench, step: object) -> Figures:
+        raise error
+
+    monkeypatch.setattr("nsa_cli.benchmark.runner.measure_dense", too_large)
+    rows = {row.case: row for row in run_bench(options(seq_lens=(40,), groups=("decode",)), CPU).rows}
+    assert rows["decode attention"].note == "dense left out: out of memory"
+    assert rows["decode attention"].dense is None
+    assert rows["decode attention"].sparse.timing is not None
+    assert rows["decode"].dense.timing is not None
+
+
+def test_a_batch_too_large_for_one_pass_is_read_in_several_and_decoded_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nsa_cli.benchmark.models.PREFILL_TOKENS", 100)
+    report = run_bench(options(seq_lens=(40,), batch=5, groups=("decode",)), CPU)
+    assert report.ok
+    rows = {row.case: row for row in report.rows}
+    for side in (rows["decode"].dense, rows["decode"].sparse):
+        assert side.parity.ok
+        assert side.timing is not None
+    whole = rows["decode"].sparse.cache_bytes
+    monkeypatch.setattr("nsa_cli.benchmark.models.PREFILL_TOKENS", 1 << 17)
+    again = run_bench(options(seq_lens=(40,), batch=5, groups=("decode",)), CPU)
+    assert {row.case: row for row in again.rows}["decode"].sparse.cache_bytes == whole
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def _largest_product(device: torch.device, dtype: torch.dtype, clock: Clock, bud
         a = torch.randn(size, size, device=device).to(dtype)
         multiply = partial(torch.mm, a, a, out=torch.empty_like(a))
         multiply()
-        if size == MATMUL_SIZES[-1] or 8 * clock.seconds(multiply) > MATMUL_S:
+        if size == MATMUL_SIZES[-1] or 8 * clock.seconds(multiply)[0] > MATMUL_S:
             break
     return size, measure(multiply, clock=clock, budget_s=budget_s, max_repeats=30)
 

@@ -38,7 +38,7 @@ class Bench:
     def peak_and_seconds(self, work: Callable[[], Any]) -> tuple[int, list[float]]:
         """Run once; peak bytes, and its seconds if it was so long that warming up makes no difference, else none."""
         seconds: list[float] = []
-        peak = self.peak(lambda: seconds.append(self.clock.seconds(work)))
+        peak = self.peak(lambda: seconds.extend(self.clock.seconds(work)))
         return peak, [value for value in seconds if value > self.budget_s]
 
     def time(self, work: Callable[[], Any], setup: Callable[[], Any] | None = None, before: Sequence[float] = ()) -> Timing:

@@ -28,6 +28,9 @@ from nsa_cli.model.captured import CapturedStep
 from nsa_cli.model.step import Step, can_step
 
 VOCABULARY = 256
+PREFILL_TOKENS = 1 << 17
+"""That one pass reads. A larger batch's sequences are read some at a time, and repeat those of the first pass, so that decoding
+can start from its cache."""
 DECODED = 5
 DECODE_RELATIVE_L2 = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
 """Decoding beside prefill. In bf16 products of other shapes round otherwise, and one flipped selection moves a lot."""
@@ -113,18 +116,24 @@ def measure_prefill_and_decode(bench: Bench, subject: Subject) -> tuple[Figures,
     includes the cache.
     """
     model = subject.build(bench, bench.dtype).eval()
-    ids, config = subject.ids(bench), subject.config
+    config = subject.config
     tokens, item = config.context, torch.empty(0, dtype=bench.dtype).element_size()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    at_once = max(1, min(subject.batch, PREFILL_TOKENS // tokens))
+    ids = subject.ids(bench)[torch.arange(subject.batch) % at_once]
     kept: list[tuple[Tensor, Cache]] = []
 
-    def prefill() -> tuple[Tensor, Cache]:
-        cache = model.make_cache(subject.batch, tokens)
-        return model(ids, cache=cache), cache
+    def read(some: Tensor) -> tuple[Tensor, Cache]:
+        cache = model.make_cache(len(some), tokens)
+        return model(some, cache=cache), cache
+
+    def prefill() -> list[tuple[Tensor, Cache]]:
+        return [read(some) for some in ids.split(at_once)]
 
     with torch.inference_mode():
-        peak, before = bench.peak_and_seconds(lambda: kept.append(prefill()))
-        logits, _ = kept.pop()
+        peak, before = bench.peak_and_seconds(lambda: kept.extend(prefill()))
+        logits = kept[0][0]
+        kept.clear()
         timing, kernel = _under_fastest(bench, subject, prefill, ("auto", *_fused(bench)), before=before)
         flops = accounting.model_flops_per_token(config).forward * ids.numel()
         written = subject.batch * accounting.cache_bytes(config, tokens, item)
@@ -177,11 +186,13 @@ def _measure_decode(
 
 
 def _filled(model: Transformer, ids: Tensor, tokens: int, capacity: int) -> Cache:
-    """A cache with room for `capacity` tokens that holds the first `tokens`."""
-    cache = model.make_cache(ids.shape[0], capacity)
+    """A cache with room for `capacity` tokens that holds the first `tokens`, of rows that repeat those of the first pass."""
+    batch = len(ids)
+    at_once = max(1, min(batch, PREFILL_TOKENS // capacity))
+    cache = model.make_cache(at_once, capacity)
     if tokens:
-        model(ids[:, :tokens], cache=cache, last=True)
-    return cache
+        model(ids[:at_once, :tokens], cache=cache, last=True)
+    return cache if at_once == batch else cache.select(torch.arange(batch) % at_once)
 
 
 def _decode_parity(bench: Bench, model: Transformer, ids: Tensor, logits: Tensor) -> Parity:
@@ -192,7 +203,7 @@ def _decode_parity(bench: Bench, model: Transformer, ids: Tensor, logits: Tensor
     for place in range(first, ids.shape[1]):
         with parity.poisoned(bench.device):
             step = model(ids[:, place : place + 1], cache=cache)[:, 0] if captured is None else captured(ids[:, place])
-        named = [("decoded logits", step, logits[:, place])]
+        named = [("decoded logits", step[: len(logits)], logits[:, place])]
         checks.append(parity.compare(named, DECODE_RELATIVE_L2.get(bench.dtype, 1e-4)))
     checks.sort(key=lambda check: (not check.ok, check.relative_l2))
     return checks[len(checks) // 2]

@@ -24,7 +24,7 @@ from nsa_cli.benchmark.measuring import Bench, check_forward, measure_backward, 
 from nsa_cli.benchmark.models import Subject, measure_prefill_and_decode, measure_training, subjects
 from nsa_cli.benchmark.options import BenchOptions, Shape
 from nsa_cli.benchmark.report import Figures, Row
-from nsa_cli.errors import ExitCode, NsaError
+from nsa_cli.errors import ExitCode, NsaError, is_out_of_memory
 from nsa_cli.model import accounting
 
 FORWARD, BACKWARD, TRAINING, PREFILL, DECODE = "forward", "backward", "training step", "prefill", "decode"
@@ -85,16 +85,14 @@ class Runner:
     def _attention(self, tokens: int) -> str:
         """Attention's rows at one length; what is wrong with sparse attention there, or "".
 
-        Without these rows attention is still run once, compared and not timed: the model's rows need it right.
+        Without these rows one sequence's is still run once, compared and not timed: the model's rows need it right.
         """
         options, bench = self.options, self.bench
         if tokens not in options.seq_lens and not bench.deadline.allows(self._run_s(FORWARD, "sparse", tokens)):
             for case in (FORWARD, BACKWARD) if "attention" in options.groups else ():
                 self._add(case, tokens, None, None, "left out: time limit")
             return ""
-        work = make_workload(
-            tokens, self.shape, options.batch, options.nsa, device=bench.device, dtype=bench.dtype, seed=options.seed
-        )
+        work = self._workload(tokens, options.batch if "attention" in options.groups else 1)
         block_indices = select(work, self.kernel)
         fault = selection_parity(work, block_indices)
         whole = sparse_operator(work, self.kernel, block_indices)
@@ -114,9 +112,7 @@ class Runner:
         options, bench = self.options, self.bench
         if bench.deadline.remaining_s() <= 0:
             return
-        work = make_workload(
-            tokens, self.shape, options.batch, options.nsa, device=bench.device, dtype=bench.dtype, seed=options.seed
-        )
+        work = self._workload(tokens, options.batch)
         block_indices = select(work, self.kernel)
         selection = selection_parity(work, block_indices)
         for case in (FORWARD, BACKWARD):
@@ -126,6 +122,10 @@ class Runner:
                 measure = partial(self._operator, operator, case, work, known)
                 figures, note = self._side(name, "sparse", tokens, measure)
                 self._add(name, tokens, None, figures, note)
+
+    def _workload(self, tokens: int, batch: int) -> Workload:
+        bench, options = self.bench, self.options
+        return make_workload(tokens, self.shape, batch, options.nsa, device=bench.device, dtype=bench.dtype, seed=options.seed)
 
     def _operator(self, operator: Operator, case: str, work: Workload, fault: str) -> Figures:
         run = measure_forward if case == FORWARD else measure_backward
@@ -166,9 +166,7 @@ class Runner:
     def _decode(self, tokens: int, fault: str) -> None:
         """One layer's attention in a step; prefill and decode, two rows: decoding starts from the prefilled cache."""
         options = self.options
-        step = Step(
-            tokens=tokens, shape=self.shape, batch=options.batch, nsa=options.nsa, kernel=self.kernel, seed=options.seed
-        )
+        step = Step(tokens=tokens, shape=self.shape, batch=options.batch, nsa=options.nsa, kernel=self.kernel, seed=options.seed)
         dense, dense_note = self._side(STEP, "dense", tokens, lambda: measure_dense(self.bench, step))
         sparse, note = self._side(STEP, "sparse", tokens, lambda: measure_sparse(self.bench, step), fault)
         self._add(STEP, tokens, dense, sparse, dense_note, note)
@@ -196,14 +194,24 @@ class Runner:
     def _side(
         self, case: str, label: str, tokens: int, work: Callable[[], Figures], fault: str = ""
     ) -> tuple[Figures | None, str]:
-        """Measure one side of a row, or say why not: it is known to be wrong, or would not end in time."""
+        """Measure one side of a row, or say why not: it is known to be wrong, would not end in time, or does not fit into
+        memory, where the other side may."""
         if fault:
             return None, f"{label} not timed: {fault}"
         run_s, deadline = self._run_s(case, label, tokens), self.bench.deadline
         if deadline.remaining_s() <= 0 or not deadline.allows(LEAST_RUNS * run_s):
             return None, f"{label} left out, about {run_s:.0f} s a run: time limit"
         self.progress(f"{tokens:,} tokens: {case}{'' if case.startswith('branch') else ', ' + label}")
-        figures = work()
+        figures: Figures | None
+        try:
+            figures = work()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            figures = None
+        if figures is None:
+            torch.cuda.empty_cache()  # the error's frames, which held it, are gone
+            return None, f"{label} left out: out of memory"
         if figures.timing is not None:
             self._seconds[case, label] = tokens, figures.timing.median_s
         return figures, ""

@@ -1,6 +1,6 @@
 """How long something takes: a clock, repeats until a time budget is spent, and the median with its spread.
 
-A clock runs a function once and says how many seconds that took, so that a test can put a clock of its own in. On a
+A clock runs a function and says how many seconds each run took, so that a test can put a clock of its own in. On a
 GPU the time lies between two CUDA events and the L2 cache is overwritten before each run; on a CPU it is the wall
 clock. Nothing here knows what is being timed.
 """
@@ -15,9 +15,12 @@ from typing import Any, Protocol
 
 import torch
 
+Work = Callable[[], Any]
 MIN_REPEATS = 3
 MAX_REPEATS = 100
 LONG_BUDGETS = 3
+TICK_S = 1e-7
+"""What a run takes at least: some clocks are coarse."""
 FLUSH_BYTES = 256 * 2**20
 """More than any GPU's L2 cache: written before each timed run, so that no input is still there from the last."""
 
@@ -33,12 +36,12 @@ class Timing:
 
 
 class Clock(Protocol):
-    """Runs a function once and returns how many seconds it took."""
+    """Runs a function and returns how many seconds that took."""
 
     method: str
 
-    def seconds(self, work: Callable[[], Any]) -> float:
-        """Run `work` once, to its end on the device too; return its seconds."""
+    def seconds(self, work: Work, setup: Work | None = None, repeats: int = 1) -> list[float]:
+        """Run `work` so many times, `setup` untimed before each, to the end on the device too; the seconds of each."""
         ...
 
 
@@ -47,37 +50,47 @@ class WallClock:
 
     method = "wall clock (perf_counter)"
 
-    def seconds(self, work: Callable[[], Any]) -> float:
-        """Run `work` once; return its wall time in seconds."""
-        start = time.perf_counter()
-        kept = work()
-        elapsed = time.perf_counter() - start
-        del kept  # freed after the clock has stopped: giving memory back is not the work
+    def seconds(self, work: Work, setup: Work | None = None, repeats: int = 1) -> list[float]:
+        """Run `work`; return the wall time of each run in seconds."""
+        elapsed = []
+        for _ in range(repeats):
+            if setup is not None:
+                setup()
+            start = time.perf_counter()
+            kept = work()
+            elapsed.append(time.perf_counter() - start)
+            del kept  # freed after the clock has stopped: giving memory back is not the work
         return elapsed
 
 
 class CudaClock:
     """CUDA events around the call, after overwriting the L2 cache: for a GPU.
 
-    The events are on the stream, so that gaps in which the GPU waits for launches count, as they do for a user.
+    The runs are queued behind one another, as a training loop's steps and `triton.testing.do_bench`'s are: the first of them
+    waits for the host, the others only if the host takes longer than the GPU.
     """
 
-    method = "CUDA events, L2 flushed before each run"
+    method = "CUDA events, runs queued, L2 flushed before each"
 
     def __init__(self, device: torch.device) -> None:
         self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
 
-    def seconds(self, work: Callable[[], Any]) -> float:
-        """Run `work` once; return the seconds between the events before and after it."""
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    def seconds(self, work: Work, setup: Work | None = None, repeats: int = 1) -> list[float]:
+        """Run `work`; return the seconds between the events before and after each run."""
+        spans = []
         torch.cuda.synchronize(self._flush.device)
-        self._flush.zero_()
-        start.record()
-        kept = work()
-        stop.record()
-        stop.synchronize()
-        del kept
-        return float(start.elapsed_time(stop)) / 1e3
+        for _ in range(repeats):
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            if setup is not None:
+                setup()
+            self._flush.zero_()
+            start.record()
+            kept = work()
+            stop.record()
+            del kept
+            spans.append((start, stop))
+        torch.cuda.synchronize(self._flush.device)
+        return [float(start.elapsed_time(stop)) / 1e3 for start, stop in spans]
 
 
 def make_clock(device: torch.device) -> Clock:
@@ -120,24 +133,31 @@ def measure(
     """Run `work` until `budget_s` of timed seconds are spent, at least min_repeats and at most max_repeats times.
 
     One repeat is enough when it takes LONG_BUDGETS times the budget: long runs vary little, and time is short. setup runs,
-    untimed, before each repeat. before: seconds of runs that were timed already, and count. When the next repeat, at the
-    length of the last, would not fit into remaining_s() (the whole report's time), the repeats end early, but never before
-    the first.
+    untimed, before each repeat. before: seconds of runs that were timed already, and count. The first repeat says how many
+    more go into the budget; these are timed in one go. When the next, at the length of the last, would not fit into
+    remaining_s() (the whole report's time), the repeats end early, but never before the first.
     """
     seconds = list(before)
-    while not _enough(seconds, budget_s, min_repeats, max_repeats):
-        if seconds and remaining_s() < seconds[-1]:
+    while (missing := _missing(seconds, budget_s, min_repeats, max_repeats)) > 0:
+        if seconds:
+            missing = min(missing, int(max(0.0, min(remaining_s() / max(seconds[-1], TICK_S), max_repeats))))
+        if missing == 0:
             break
-        if setup is not None:
-            setup()
-        seconds.append(clock.seconds(work))
+        seconds += clock.seconds(work, setup, missing)
     return summarize(seconds)
 
 
-def _enough(seconds: Sequence[float], budget_s: float, min_repeats: int, max_repeats: int) -> bool:
+def _missing(seconds: Sequence[float], budget_s: float, min_repeats: int, max_repeats: int) -> int:
+    """How many repeats are still to be made, as far as those made tell."""
+    if not seconds:
+        return 1
     count, spent_s = len(seconds), sum(seconds)
-    least = 1 if spent_s >= LONG_BUDGETS * budget_s else min_repeats
-    return count >= max_repeats or (count >= max(least, 1) and spent_s >= budget_s)
+
+    def until(total_s: float) -> int:
+        return math.ceil(max(0.0, total_s - spent_s) / max(seconds[-1], TICK_S))
+
+    wanted = max(until(budget_s), min(min_repeats - count, until(LONG_BUDGETS * budget_s)))
+    return min(wanted, max_repeats - count)
 
 
 class Deadline:

@@ -20,7 +20,7 @@ from nsa_cli.cli.options import PaperCommand
 from nsa_cli.cli.resolve import flag_message, settings_of
 from nsa_cli.cli.sample import sample
 from nsa_cli.cli.train import train
-from nsa_cli.errors import ExitCode, NsaError, tells_errors
+from nsa_cli.errors import ExitCode, NsaError, is_out_of_memory, tells_errors
 
 
 class _FrontPage(TyperGroup):
@@ -50,7 +50,6 @@ for _name, _command in COMMANDS.items():
     _help = "\n\n".join(" ".join(part.split()) for part in _paragraphs)
     app.command(_name, help=_help, cls=PaperCommand if _command is bench else TyperCommand)(_command)
 
-_NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 _LESS_MEMORY = {
     "train": "lower --micro-batch-tokens (the step stays the same), or --seq-len, --dim or --depth",
     "sample": "give fewer prompts at once, lower -n or --max-tokens, or use --dtype bfloat16",
@@ -126,7 +125,7 @@ def explain(error: Exception, arguments: Sequence[str] = ()) -> tuple[str, str, 
     if hasattr(error, "format_message"):
         # typer's usage errors: their class has moved between its versions, their protocol has not.
         return _usage_message(error), f"nsa {command} --help lists every flag".replace("  ", " "), ExitCode.USAGE
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return f"out of memory: {error}", _LESS_MEMORY.get(command, ""), ExitCode.FAILURE
     flags = _flags(command)
     if isinstance(error, ValueError) and str(error).split(" = ")[0] in {*flags, "dtype", "vocab_size"}:
@@ -149,13 +148,6 @@ def _usage_message(error: Any) -> str:
     text = text.replace("Missing argument", "missing argument").replace("No such command", "no such command")
     quoted, colon, rest = text.partition(": ")
     return f"{quoted.replace(chr(39), '')}{colon}{rest}" if quoted.startswith("'") else text
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # By name: a command that never loaded torch must not load it to report its error.
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)
 
 
 def _flags(command: str) -> dict[str, str]:

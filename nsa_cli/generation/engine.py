@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from nsa_cli.errors import ExitCode, NsaError
+from nsa_cli.errors import ExitCode, NsaError, is_out_of_memory
 from nsa_cli.generation.sampling import GumbelSource, SamplingConfig, choose, log_probabilities
 from nsa_cli.model import Cache, Transformer
 from nsa_cli.model.accounting import cache_bytes, decode_read_bytes, parameters_by_part
@@ -209,8 +209,7 @@ def _explained_memory(model: Transformer, rows: int, tokens: int) -> Iterator[No
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # The CPU's allocator raises a plain RuntimeError.
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(error):
+        if not is_out_of_memory(error):
             raise
         size = model.token_emb.weight.element_size()
         held = rows * cache_bytes(model.config, tokens, size) / 2**30

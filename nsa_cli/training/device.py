@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nsa_cli.errors import ExitCode, NsaError
+from nsa_cli.errors import ExitCode, NsaError, is_out_of_memory
 
 
 def device_name(device: torch.device) -> str:
@@ -72,8 +72,7 @@ def explained_errors(windows: int, context: int) -> Iterator[None]:
         if isinstance(error, torch._dynamo.exc.TorchDynamoException):
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise NsaError(f"torch.compile failed: {reason}", "leave out --compile", ExitCode.FAILURE) from error
-        # The CPU's allocator raises a plain RuntimeError.
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(error):
+        if not is_out_of_memory(error):
             raise
         message = f"out of memory with --micro-batch-tokens {windows * context}, {windows} windows of {context} at once"
         hint = "lower --context or the model's size"
