@@ -37,12 +37,12 @@ CHUNK = 128
 """Of the inner dimension: a buffer."""
 CHIP = 222 * 2**10
 """Bytes of a program's buffers."""
-ROTATE = False
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
 @gluon.jit
 def activated(b_y, b_gate, ACT: gl.constexpr, GATED: gl.constexpr):
+    """act(b_y) [* b_gate]."""
     if ACT == "gelu":
         b_y = 0.5 * b_y * (1.0 + gl.erf(b_y * 0.7071067811865476))
     elif ACT == "silu":
@@ -54,6 +54,7 @@ def activated(b_y, b_gate, ACT: gl.constexpr, GATED: gl.constexpr):
 
 @gluon.jit
 def load_all(d_w, s_w, full, n0, k0, CHUNKS: gl.constexpr, BK: gl.constexpr):
+    """Asks for all of a program's weights."""
     for i in gl.static_range(CHUNKS):
         mbarrier.expect(full.index(i), d_w.block_type.nbytes)
         load_box(d_w, [n0, k0 + i * BK], full.index(i), s_w.index(i))
@@ -64,7 +65,7 @@ def linear_tiles_kernel(
     d_x, d_w, d_gate, p_squares, p_add, p_out, p_norm, p_next, p_next_squares, p_part, p_count, rows, parts, eps,
     K: gl.constexpr, N: gl.constexpr, PARTS_UP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
     SPLITS: gl.constexpr, STAGES: gl.constexpr, SWAP: gl.constexpr, SCALED: gl.constexpr, ACT: gl.constexpr,
-    GATED: gl.constexpr, ADD: gl.constexpr, NEXT: gl.constexpr, ROTATE: gl.constexpr, OVERLAP: gl.constexpr,
+    GATED: gl.constexpr, ADD: gl.constexpr, NEXT: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """BM x BN of out = act(s x w^T) [* s x gate^T] [+ add], s = 1 or 1 / sqrt(squares / K + eps), squares summed over parts.
 
@@ -75,8 +76,8 @@ def linear_tiles_kernel(
         release()
     CHUNKS: gl.constexpr = (K + BK * SPLITS - 1) // (BK * SPLITS)
     RING: gl.constexpr = STAGES if STAGES < CHUNKS else CHUNKS
+    TM: gl.constexpr = BN if SWAP else BM  # the product's rows and columns
     TN: gl.constexpr = BM if SWAP else BN
-    TM: gl.constexpr = BN if SWAP else BM
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TN, 16])
     PER: gl.constexpr = BM * BN // 128
     VECTOR: gl.constexpr = 8 if PER >= 8 else PER
@@ -106,15 +107,13 @@ def linear_tiles_kernel(
     o_r, o_c = gl.arange(0, BM, layout=gl.SliceLayout(1, flat)), n0 + gl.arange(0, BN, layout=gl.SliceLayout(0, flat))
     o_y = gl.expand_dims(m0 + o_r, 1) * N + gl.expand_dims(o_c, 0)
     m_y = gl.expand_dims(m0 + o_r < rows, 1) & gl.expand_dims(o_c < N, 0)
-    b_norm = gl.zeros([BN], gl.float32, layout=gl.SliceLayout(0, flat))
     if NEXT:
         b_norm = gl.load(p_norm + o_c, mask=o_c < N, other=0.0).to(gl.float32)
     if OVERLAP:
         wait()
-    first = gl.program_id(0) % CHUNKS if ROTATE else 0
     for i in gl.static_range(RING):
         mbarrier.expect(full_x.index(i), d_x.block_type.nbytes)
-        load_box(d_x, [m0, k0 + (first + i) % CHUNKS * BK], full_x.index(i), s_x.index(i))
+        load_box(d_x, [m0, k0 + i * BK], full_x.index(i), s_x.index(i))
     if SCALED:
         o_part, o_lane = gl.arange(0, PARTS_UP, layout=gl.SliceLayout(1, down)), gl.arange(0, BM, layout=gl.SliceLayout(0, down))
         m_squares = gl.expand_dims(o_part < parts, 1) & gl.expand_dims(m0 + o_lane < rows, 0)
@@ -125,20 +124,19 @@ def linear_tiles_kernel(
     acc = gl.zeros([TM, TN], gl.float32, layout=mma)
     acc_gate = acc
     for i in gl.static_range(CHUNKS):
-        j = (first + i) % CHUNKS
-        mbarrier.wait(full_w.index(j), 0)
+        mbarrier.wait(full_w.index(i), 0)
         if GATED:
-            mbarrier.wait(full_gate.index(j), 0)
+            mbarrier.wait(full_gate.index(i), 0)
         mbarrier.wait(full_x.index(i), 0)
         s_now = s_x.index(i % RING)
         if SWAP:
-            acc = warpgroup_mma(s_w.index(j), s_now.permute((1, 0)), acc, is_async=True)
+            acc = warpgroup_mma(s_w.index(i), s_now.permute((1, 0)), acc, is_async=True)
             if GATED:
-                acc_gate = warpgroup_mma(s_gate.index(j), s_now.permute((1, 0)), acc_gate, is_async=True)
+                acc_gate = warpgroup_mma(s_gate.index(i), s_now.permute((1, 0)), acc_gate, is_async=True)
         else:
-            acc = warpgroup_mma(s_now, s_w.index(j).permute((1, 0)), acc, is_async=True)
+            acc = warpgroup_mma(s_now, s_w.index(i).permute((1, 0)), acc, is_async=True)
             if GATED:
-                acc_gate = warpgroup_mma(s_now, s_gate.index(j).permute((1, 0)), acc_gate, is_async=True)
+                acc_gate = warpgroup_mma(s_now, s_gate.index(i).permute((1, 0)), acc_gate, is_async=True)
         if i > 0 and i - 1 + RING < CHUNKS:  # the buffer before is free when its products are done
             if GATED:
                 acc, acc_gate = warpgroup_mma_wait(2, [acc, acc_gate])
@@ -146,7 +144,7 @@ def linear_tiles_kernel(
                 acc = warpgroup_mma_wait(1, [acc])
             barrier()
             mbarrier.expect(full_x.index(i - 1 + RING), d_x.block_type.nbytes)
-            load_box(d_x, [m0, k0 + (first + i - 1 + RING) % CHUNKS * BK], full_x.index(i - 1 + RING), s_x.index((i - 1) % RING))
+            load_box(d_x, [m0, k0 + (i - 1 + RING) * BK], full_x.index(i - 1 + RING), s_x.index((i - 1) % RING))
     if GATED:
         acc, acc_gate = warpgroup_mma_wait(0, [acc, acc_gate])
     else:
@@ -202,7 +200,7 @@ class Tile:
 
 
 def choose_tile(rows: int, inner: int, columns: int, gated: bool, cores: int) -> Tile | None:
-    """None where a BLAS library is faster: programs for more than one round of the multiprocessors, or two, of few rows."""
+    """None where a BLAS library is faster: more programs than multiprocessors, or than two for each of up to 32 rows."""
     shapes = [(64, 32, 2**16), (64, 32, 2**17)] if rows > 32 else []
     shapes += [(high, 64, 2**17) for high in (64, 32, 16, 8) if high < 2 * rows or high == 8]
     for high, wide, held in shapes:  # bytes of weights
@@ -268,7 +266,7 @@ def linear_tiles(
         out if ahead is None else ahead.scaled, out if ahead is None else ahead.squares, part, counters, rows, parts, eps,
         K=inner, N=columns, PARTS_UP=max(32, next_power_of_2(parts)), BM=tile.rows, BN=tile.columns, BK=CHUNK, SPLITS=tile.splits,
         STAGES=tile.stages, SWAP=tile.columns == 64, SCALED=squares is not None, ACT=act, GATED=gate_weight is not None,
-        ADD=add is not None, NEXT=norm is not None, ROTATE=ROTATE, num_warps=4, **overlap(device),
+        ADD=add is not None, NEXT=norm is not None, num_warps=4, **overlap(device),
     )  # fmt: skip
     return out, ahead
 
