@@ -18,7 +18,7 @@ from nsa_cli.model import captured as captured_module
 from nsa_cli.model.captured import CapturedStep
 from nsa_cli.model.compress import NETWORKS
 from nsa_cli.model.step import Step, can_step
-from nsa_cli.ops.triton import append, decode, linear
+from nsa_cli.ops.triton import append, decode, linear, linear_tiles
 from nsa_cli.ops.triton.decode import dense_attention
 from tests.inputs import relative_l2
 
@@ -279,22 +279,23 @@ def test_captured_steps_are_the_models_own_on_a_gpu(nsa: dict[str, Any] | None, 
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("rows", [2, 5])
 @pytest.mark.parametrize("nsa", [{}, {"branch_kv": "shared"}, None], ids=["independent", "shared", "dense"])
 @torch.inference_mode()
 def test_kernels_that_begin_early_give_the_same_bits_as_in_turn_on_a_gpu(
-    nsa: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
+    nsa: dict[str, Any] | None, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     geometry = None if nsa is None else NSAConfig(**nsa)
     config = ModelConfig(
         **{**SHAPE, "dim": 256, "depth": 2, "heads": 8, "kv_heads": 2, "dim_head": 64, "context": 4096, "nsa": geometry}
     )
     model = build_model(config, device="cuda", dtype=torch.bfloat16).eval()
-    ids, runs = torch.randint(33, (2, 1600), device="cuda"), []
+    ids, runs = torch.randint(33, (rows, 1600), device="cuda"), []
     for early in (True, False):
         if not early:
-            for module in (decode, append, linear):
+            for module in (decode, append, linear, linear_tiles):
                 monkeypatch.setattr(module, "overlap", lambda device: {"OVERLAP": False})
-        cache = _filled(model, ids, [1500, 1203], 1600)
+        cache = _filled(model, ids, [1500, 1203, 900, 1450, 1111][:rows], 1600)
         captured = CapturedStep(Step(model), cache)
         runs.append(torch.stack([captured(ids[:, 1500 + t]).clone() for t in range(40)]))
     assert torch.equal(*runs)

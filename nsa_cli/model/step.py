@@ -1,7 +1,7 @@
 """One decoding step of the whole model through kernels made for it: launches cost more than all that they launch.
 
 The same function as `model(ids, cache=cache)` for one token a row, in a dozen launches a layer: the projections of a layer are
-one product, what lies between them and attention is one kernel, and products of few rows take norms and activations with them.
+one product, what lies between them and attention is one kernel, and products of a batch take norms and activations with them.
 Nothing waits for the host, and every launch is the same at every length, so that a CUDA graph can replay it; but for a step in
 which no row completes a block, which leaves compression out.
 """
@@ -49,13 +49,15 @@ class Step:
     """
 
     def __init__(self, model: Transformer) -> None:
+        from nsa_cli.ops.triton.residual import make_counters
+
         self.model = model
         self.proven: set[tuple[bool, int]] = set()
         self.can_run = self.can_capture = True
         self.sets = 3 if model.config.nsa is not None and model.config.nsa.branch_kv == "independent" else 1
         with torch.no_grad():
             self.weights = [torch.cat([layer.weight for layer in _projections(block)]) for block in self._blocks()]
-        self.widest = max(max(w.shape[1], b.attn.to_out.in_features, b.ff.w2.in_features) for w, b in self._layers())
+        self.counters = make_counters(model.device)
 
     def _blocks(self) -> list[Block]:
         return [cast(Block, block) for block in self.model.layers]
@@ -86,40 +88,28 @@ class Step:
     def __call__(self, ids: Tensor, cache: Cache, *, blocks: bool) -> Tensor:
         """Logits float32 [b, vocab] of what follows ids int64 [b]. cache: not empty, with room (`reserve`); its lengths on the
         device are counted here, those on the host are the caller's. blocks: False if no row's token completes a block."""
-        from nsa_cli.ops.triton.linear import can_multiply, linear
+        from nsa_cli.ops.triton.residual import Residual
 
         model, at = self.model, cache.lengths
         nsa, act = model.config.nsa, "gelu" if model.config.ff == "gelu" else "silu"
-        x = F.embedding(ids, model.token_emb.weight)
-        few = can_multiply(len(x), self.widest, x.dtype)
+        norms = [norm.weight for block in self._blocks() for norm in (block.attn_norm, block.ff_norm)]
+        x = Residual(F.embedding(ids, model.token_emb.weight), [*norms, model.norm.weight], NORM_EPS, self.counters)
         angles = model.rotary.angles(at)
         starts = None
         if nsa is not None and blocks and nsa.compress_rope == "block":
             starts = model.rotary.angles((at - nsa.compress_block + 1).clamp(min=0))
         for (weight, block), layer in zip(self._layers(), cache.layers, strict=True):
-            if few:
-                projected = linear(x, weight, norm=block.attn_norm.weight, eps=NORM_EPS)
-            else:
-                projected = F.linear(block.attn_norm(x), weight)
+            projected = x.project(weight)
             if nsa is None:
                 out = self._dense(cast(DenseAttention, block.attn), projected, angles, at, layer)
             else:
                 out = self._sparse(cast(SparseAttention, block.attn), nsa, projected, angles, starts, at, layer, blocks)
-            ff, to_out = block.ff, block.attn.to_out.weight
-            if few:
-                linear(out.flatten(1), to_out, add=x, out=x)
-                gate = None if ff.w3 is None else ff.w3.weight
-                hidden = linear(x, ff.w1.weight, norm=block.ff_norm.weight, eps=NORM_EPS, act=act, gate_weight=gate)
-                linear(hidden, ff.w2.weight, add=x, out=x)
-            else:
-                x.addmm_(out.flatten(1), to_out.mT)
-                x.addmm_(ff.hidden(block.ff_norm(x)), ff.w2.weight.mT)
+            x.add(out.flatten(1), block.attn.to_out.weight)
+            ff = block.ff
+            x.add(x.project(ff.w1.weight, act=act, gate_weight=None if ff.w3 is None else ff.w3.weight), ff.w2.weight)
         cache.lengths += 1
-        if not few:
-            return model.unembed(x).float()
         weight = model.token_emb.weight if model.to_logits is None else model.to_logits.weight
-        logits = torch.empty(len(x), len(weight), dtype=torch.float32, device=x.device)
-        return linear(x, weight, norm=model.norm.weight, eps=NORM_EPS, out=logits)
+        return x.project(weight, out=torch.empty(len(ids), len(weight), dtype=torch.float32, device=ids.device))
 
     def _dense(self, attn: DenseAttention, projected: Tensor, angles: Tensor, at: Tensor, layer: LayerCache) -> Tensor:
         from nsa_cli.ops.triton.append import Places, append

@@ -10,7 +10,8 @@
     launch        grids and launches, a branch at a time
     decode        one query a sequence against its cache, kernels of its own
     append        a token's projections into the cache, before decode
-    linear        products of a few rows, around both
+    linear        products of a few rows, around both; linear_tiles, of a batch, on Hopper's tensor cores
+    residual      which of them a step's products take, or PyTorch's
     overlap       launches that begin while the kernel before still runs
     operators     PyTorch's custom ops over them, with gradients
     tuning        launch configurations

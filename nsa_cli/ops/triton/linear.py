@@ -21,7 +21,7 @@ from nsa_cli.ops.triton.overlap import overlap, release, wait
 from nsa_cli.ops.triton.problem import cdiv, next_power_of_2
 
 MOST_ROWS = 4
-"""Of more rows, a BLAS library's product and launches of their own for norm and activation are faster."""
+"""Of more rows, a BLAS library's product and launches of their own for norm and activation are faster, or `linear_tiles`."""
 MOST_BYTES = 2**16
 """Of all rows, which are in the registers of eight warps."""
 MOST_WEIGHTS = 2**14
