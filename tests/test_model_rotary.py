@@ -30,6 +30,15 @@ def test_float32_is_within_1e_5_of_a_float64_computation_at_position_131072(dim:
     assert np.abs(oracle.f64(ones) - oracle.rotate(torch.ones(1, 1, len(FAR), dim), FAR, theta)).max() < 1e-6
 
 
+@pytest.mark.parametrize("dim", [2, 6, 64])
+def test_kernels_that_make_angles_themselves_find_the_same_ones(dim: int) -> None:
+    rotary, positions = Rotary(dim, 500000.0), torch.tensor([*FAR, 2**24 + 1])
+    *turns, tau = rotary.turns(torch.device("cpu"))
+    around = positions.double()[:, None] * torch.stack(turns)
+    angles = ((around - around.floor()) * tau).float().repeat_interleave(2, 1)
+    torch.testing.assert_close(torch.stack((angles.cos(), angles.sin())), rotary.cos_sin(positions), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_within_its_own_rounding(dtype: torch.dtype) -> None:
     rotary, positions = Rotary(64, 10000.0), torch.tensor(FAR)

@@ -33,7 +33,8 @@ class Rotary:
     def __init__(self, dim_head: int, theta: float) -> None:
         with torch.device("cpu"):
             exponents = torch.arange(0, dim_head, 2, dtype=torch.float64) / dim_head
-            frequencies = torch.tensor(theta, dtype=torch.float64) ** -exponents
+            frequencies = self._frequencies = torch.tensor(theta, dtype=torch.float64) ** -exponents
+            self._turns: Tensor | None = None
             # The package divides by dim - 2 for a rescaling that is off here; its frequencies are the ones given.
             width = max(dim_head, 4)
             self._embedding = RotaryEmbedding(width, custom_freqs=frequencies, cache_if_possible=False, cache_max_seq_len=1)
@@ -48,6 +49,13 @@ class Rotary:
             self.to(positions.device)
         angles: Tensor = self._embedding(positions.double()).detach()
         return angles.remainder(2 * math.pi).float()
+
+    def turns(self, device: torch.device) -> Tensor:
+        """float64 [d / 2 + 1] for kernels that make angles themselves: each pair's turns a token, and 2 pi."""
+        if self._turns is None or self._turns.device != device:
+            turns = torch.cat([self._frequencies / (2 * math.pi), self._frequencies.new_tensor([2 * math.pi])])
+            self._turns = turns.to(device)
+        return self._turns
 
     def cos_sin(self, positions: Tensor) -> Tensor:
         """Integer positions [..] -> float32 cosines and sines [2, .., d] of their angles."""

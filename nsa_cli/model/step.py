@@ -94,16 +94,13 @@ class Step:
         nsa, act = model.config.nsa, "gelu" if model.config.ff == "gelu" else "silu"
         norms = [norm.weight for block in self._blocks() for norm in (block.attn_norm, block.ff_norm)]
         x = Residual(F.embedding(ids, model.token_emb.weight), [*norms, model.norm.weight], NORM_EPS, self.counters)
-        angles = model.rotary.angles(at)
-        starts = None
-        if nsa is not None and blocks and nsa.compress_rope == "block":
-            starts = model.rotary.angles((at - nsa.compress_block + 1).clamp(min=0))
+        turns = model.rotary.turns(ids.device)
         for (weight, block), layer in zip(self._layers(), cache.layers, strict=True):
             projected = x.project(weight)
             if nsa is None:
-                out = self._dense(cast(DenseAttention, block.attn), projected, angles, at, layer)
+                out = self._dense(cast(DenseAttention, block.attn), projected, turns, at, layer)
             else:
-                out = self._sparse(cast(SparseAttention, block.attn), nsa, projected, angles, starts, at, layer, blocks)
+                out = self._sparse(cast(SparseAttention, block.attn), nsa, projected, turns, at, layer, blocks)
             x.add(out.flatten(1), block.attn.to_out.weight)
             ff = block.ff
             x.add(x.project(ff.w1.weight, act=act, gate_weight=None if ff.w3 is None else ff.w3.weight), ff.w2.weight)
@@ -111,17 +108,17 @@ class Step:
         weight = model.token_emb.weight if model.to_logits is None else model.to_logits.weight
         return x.project(weight, out=torch.empty(len(ids), len(weight), dtype=torch.float32, device=ids.device))
 
-    def _dense(self, attn: DenseAttention, projected: Tensor, angles: Tensor, at: Tensor, layer: LayerCache) -> Tensor:
+    def _dense(self, attn: DenseAttention, projected: Tensor, turns: Tensor, at: Tensor, layer: LayerCache) -> Tensor:
         from nsa_cli.ops.triton.append import Places, append
         from nsa_cli.ops.triton.decode import dense_attention
 
         k, v = (layer.buffers[name] for name in ("k", "v"))
-        q, _, _ = append(projected, angles, at, Places(k, v), heads=attn.heads, sets=1, config=None)
+        q, _, _ = append(projected, turns, at, Places(k, v), heads=attn.heads, sets=1, config=None)
         return dense_attention(q, k, v, positions=at, scale=q.shape[-1] ** -0.5)
 
     def _sparse(
-        self, attn: SparseAttention, nsa: NSAConfig, projected: Tensor, angles: Tensor, starts: Tensor | None, at: Tensor,
-        layer: LayerCache, blocks: bool,
+        self, attn: SparseAttention, nsa: NSAConfig, projected: Tensor, turns: Tensor, at: Tensor, layer: LayerCache,
+        blocks: bool,
     ) -> Tensor:  # fmt: skip
         from nsa_cli.ops.triton.append import Places, append, store_blocks
         from nsa_cli.ops.triton.decode import decode_attention
@@ -136,12 +133,12 @@ class Step:
             pos = (networks[0].pos, networks[1].pos)
         blocks = blocks and k_cmp.shape[2] > 0
         q, gates, raw = append(
-            projected, angles, at, places, heads=attn.heads, sets=self.sets, config=nsa, bias=attn.to_gates.bias, pos=pos,
+            projected, turns, at, places, heads=attn.heads, sets=self.sets, config=nsa, bias=attn.to_gates.bias, pos=pos,
             blocks=blocks,
         )  # fmt: skip
         if blocks:
             k_new, v_new = (network.phi(x) for network, x in zip(networks, raw, strict=True))
-            store_blocks(k_new, v_new, k_cmp, v_cmp, at, nsa, starts)
+            store_blocks(k_new, v_new, k_cmp, v_cmp, at, nsa, turns if nsa.compress_rope == "block" else None)
         unturned = projected[:, : attn.heads * q.shape[-1]].view(*q.shape)
         out, _ = decode_attention(
             q, k, v, k_cmp, v_cmp, gates, nsa, positions=at, q_cmp=q if nsa.compress_rope == "block" else unturned, k_win=k_win,

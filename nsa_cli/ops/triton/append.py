@@ -24,10 +24,13 @@ from nsa_cli.ops.triton.problem import next_power_of_2
 
 
 @triton.jit
-def turned(p_x, b_x, p_angles, o_d, m_d):
-    """b_x = p_x[o_d] by rotary: channels 2i and 2i + 1 by one angle, in float32."""
+def turned(p_x, b_x, p_turns, at, o_d, m_d, D: tl.constexpr):
+    """b_x = p_x[o_d] by rotary at token `at`: channels 2i and 2i + 1 by one angle.
+
+    It is at turns[i] in turns, of which the fraction counts, in float64; 2 pi times that in float32, as are cosine and sine."""
     b_pair = tl.load(p_x + (o_d ^ 1), mask=m_d, other=0.0).to(tl.float32)
-    b_angle = tl.load(p_angles + o_d, mask=m_d, other=0.0)
+    b_turns = at.to(tl.float64) * tl.load(p_turns + o_d // 2, mask=m_d, other=0.0)
+    b_angle = ((b_turns - tl.floor(b_turns)) * tl.load(p_turns + (D + 1) // 2)).to(tl.float32)
     b_sin = tl.where(o_d % 2 == 0, -tl.sin(b_angle), tl.sin(b_angle))
     return b_x.to(tl.float32) * tl.cos(b_angle) + b_pair * b_sin
 
@@ -64,7 +67,7 @@ def gather_block(
 
 @triton.jit(do_not_specialize=["CAPACITY"])
 def append_kernel(
-    p_x, p_angles, p_at, p_bias, p_q, p_gates, p_k, p_v, p_k_win, p_v_win, p_k_raw, p_v_raw, p_k_pos, p_v_pos, p_k_block,
+    p_x, p_turns, p_at, p_bias, p_q, p_gates, p_k, p_v, p_k_win, p_v_win, p_k_raw, p_v_raw, p_k_pos, p_v_pos, p_k_block,
     p_v_block, CAPACITY, stride_xb, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SETS: tl.constexpr,
     GATES: tl.constexpr, LENGTH: tl.constexpr, LP: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr,
     BLOCKS: tl.constexpr, POSITIONED: tl.constexpr, OVERLAP: tl.constexpr,
@@ -78,10 +81,9 @@ def append_kernel(
     o_d = tl.arange(0, DP)
     m_d = o_d < D
     p_head = p_row + i_slot * D
-    p_turn = p_angles + i_b * D
     if i_slot < H:
         b_x = tl.load(p_head + o_d, mask=m_d, other=0.0)
-        b_x = turned(p_head, b_x, p_turn, o_d, m_d)
+        b_x = turned(p_head, b_x, p_turns, at, o_d, m_d, D)
         tl.store(p_q + (i_b * H + i_slot) * D + o_d, b_x.to(p_q.dtype.element_ty), mask=m_d)
     elif i_slot < H + 2 * SETS * G:
         i_kv = i_slot - H
@@ -91,7 +93,7 @@ def append_kernel(
         b_x = tl.load(p_head + o_d, mask=m_d, other=0.0)
         if (SETS == 1) | (i_set == 1):  # the selected branch's, or all there is
             if is_key:
-                keep(p_k, turned(p_head, b_x, p_turn, o_d, m_d), i_bg, CAPACITY, at, o_d, m_d, D)
+                keep(p_k, turned(p_head, b_x, p_turns, at, o_d, m_d, D), i_bg, CAPACITY, at, o_d, m_d, D)
             else:
                 keep(p_v, b_x, i_bg, CAPACITY, at, o_d, m_d, D)
         if GATES > 0:
@@ -121,7 +123,7 @@ def append_kernel(
                     )
             if (SETS == 3) & (i_set == 2):
                 if is_key:
-                    keep(p_k_win, turned(p_head, b_x, p_turn, o_d, m_d), i_bg, WINDOW, at % WINDOW, o_d, m_d, D)
+                    keep(p_k_win, turned(p_head, b_x, p_turns, at, o_d, m_d, D), i_bg, WINDOW, at % WINDOW, o_d, m_d, D)
                 else:
                     keep(p_v_win, b_x, i_bg, WINDOW, at % WINDOW, o_d, m_d, D)
     else:
@@ -134,7 +136,7 @@ def append_kernel(
 
 @triton.jit(do_not_specialize=["BLOCKS"])
 def store_blocks_kernel(
-    p_k_new, p_v_new, p_k_cmp, p_v_cmp, p_at, p_angles, BLOCKS, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    p_k_new, p_v_new, p_k_cmp, p_v_cmp, p_at, p_turns, BLOCKS, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     LENGTH: tl.constexpr, STRIDE: tl.constexpr, TURN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The block that ends with the token at p_at, if one does, of one key/value head: its key (turned, or not) or its value."""
@@ -148,7 +150,7 @@ def store_blocks_kernel(
             p_new = p_k_new + i_bg * D
             b_x = tl.load(p_new + o_d, mask=m_d, other=0.0)
             if TURN:
-                b_x = turned(p_new, b_x, p_angles + i_bg // G * D, o_d, m_d).to(b_x.dtype)
+                b_x = turned(p_new, b_x, p_turns, start, o_d, m_d, D).to(b_x.dtype)
             keep(p_k_cmp, b_x, i_bg, BLOCKS, start // STRIDE, o_d, m_d, D)
         else:
             keep(p_v_cmp, tl.load(p_v_new + i_bg * D + o_d, mask=m_d, other=0.0), i_bg, BLOCKS, start // STRIDE, o_d, m_d, D)
@@ -168,14 +170,14 @@ class Places:
 
 
 def append(
-    x: Tensor, angles: Tensor, at: Tensor, places: Places, *, heads: int, sets: int, config: NSAConfig | None,
+    x: Tensor, turns: Tensor, at: Tensor, places: Places, *, heads: int, sets: int, config: NSAConfig | None,
     bias: Tensor | None = None, pos: tuple[Tensor, Tensor] | None = None, blocks: bool = False,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
     """Puts one token a sequence into its places.
 
     x: projections [b, P] of q, k and v (`sets` of each, one after another) and, sparse, gates [b, heads 3] before `bias`.
-    angles: float32 [b, d] at the positions at, int64 [b]. blocks: whether a row's token may complete a block, whose l raw
-    tokens, with pos ([g, l, d] of keys and of values) added, are then gathered.
+    turns: `Rotary.turns` [d / 2 + 1]. at: the tokens' positions, int64 [b]. blocks: whether a row's token may complete a
+    block, whose l raw tokens, with pos ([g, l, d] of keys and of values) added, are then gathered.
     Returns q turned [b, heads, 1, d], gates [b, heads, 1, 3] and the raw blocks of keys and values [b, g, 1, l, d], of rows that
     complete none without meaning. Sparse gates alone have a meaning.
     """
@@ -188,7 +190,7 @@ def append(
     k_pos, v_pos = (q, q) if pos is None else pos
     slots = heads + 2 * sets * g + (config is not None)
     append_kernel[(b * slots,)](
-        x, angles, at, q if bias is None else bias, q, gates, places.k, places.v, *rings, k_pos, v_pos, *raw, capacity,
+        x, turns, at, q if bias is None else bias, q, gates, places.k, places.v, *rings, k_pos, v_pos, *raw, capacity,
         x.stride(0), H=heads, G=g, D=d, DP=next_power_of_2(d), SETS=sets,
         GATES=0 if config is None else next_power_of_2(3 * heads), LENGTH=length, LP=next_power_of_2(length),
         STRIDE=1 if config is None else config.compress_stride,
@@ -199,15 +201,15 @@ def append(
 
 
 def store_blocks(
-    k_new: Tensor, v_new: Tensor, k_cmp: Tensor, v_cmp: Tensor, at: Tensor, config: NSAConfig, angles: Tensor | None
+    k_new: Tensor, v_new: Tensor, k_cmp: Tensor, v_cmp: Tensor, at: Tensor, config: NSAConfig, turns: Tensor | None
 ) -> None:
     """k_new, v_new [b, g, 1, d] into k_cmp, v_cmp [b, g, c, d], in the rows whose token at `at` completes a block.
 
-    angles: float32 [b, d] at the blocks' first positions, by which keys are turned; None: they are not.
+    turns: `Rotary.turns`, by which keys are turned at their blocks' first positions; None: they are not.
     """
     b, g, blocks, d = k_cmp.shape
     store_blocks_kernel[(2 * b * g,)](
-        k_new.contiguous(), v_new.contiguous(), k_cmp, v_cmp, at, at if angles is None else angles, blocks, G=g, D=d,
-        DP=next_power_of_2(d), LENGTH=config.compress_block, STRIDE=config.compress_stride, TURN=angles is not None,
+        k_new.contiguous(), v_new.contiguous(), k_cmp, v_cmp, at, at if turns is None else turns, blocks, G=g, D=d,
+        DP=next_power_of_2(d), LENGTH=config.compress_block, STRIDE=config.compress_stride, TURN=turns is not None,
         num_warps=1, **overlap(at.device),
     )  # fmt: skip
