@@ -17,7 +17,7 @@ from nsa_cli.model import Transformer, build_model, nsa
 from nsa_cli.ops import nsa_attention
 from nsa_cli.ops.decode import decode_attention
 from nsa_cli.ops.dispatch import nsa_attention_and_selection
-from nsa_cli.ops.triton import decode
+from nsa_cli.ops.triton import decode, group
 from tests.inputs import relative_l2
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -39,6 +39,8 @@ CASES = [
 ]
 
 
+BATCH = ((32, 16, 64, 16, 1, 2, 512), (16, 2, 64, 64), [2_000, 1, 31, 700, 1_999, 64, 1_024, 513] * 8, 2_048, True)
+"""A group for nearly every multiprocessor: one launch on a GPU, in half precision."""
 LONG = ((32, 16, 64, 16, 1, 2, 512), (64, 4, 128, 128), [65_536, 8_192, 77], 65_600, True)
 
 
@@ -119,6 +121,73 @@ def test_a_step_is_right_on_the_grid_of_a_large_gpu(case: tuple[object, ...], mo
     assert relative_l2(out, want) < 2e-6
 
 
+@pytest.fixture
+def one_launch(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Makes every call that can be one launch be one; names what was launched."""
+    launches: list[str] = []
+
+    class Counted:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            launches.append("attend_group")
+            return self.kernel[grid]
+
+    monkeypatch.setattr(group, "DTYPES", (*group.DTYPES, torch.float32))
+    monkeypatch.setattr(group, "GROUPS", 0)
+    monkeypatch.setattr(group, "attend_group", Counted(group.attend_group))
+    return launches
+
+
+GROUP_CASES = [
+    *(CASES[i] for i in (0, 1, 2, 6)),
+    ((16, 8, 32, 6, 1, 2, 40), (5, 1, 16, 24), [300, 31, 17, 1, 299], 320, False),
+    ((16, 16, 64, 6, 0, 1, 70), (20, 2, 40, 24), [900, 31], 901, True),
+    ((16, 16, 16, 3, 0, 0, 5), (3, 3, 8, 8), [130], 136, True),
+]
+
+
+@pytest.mark.parametrize("case", GROUP_CASES, ids=str)
+def test_a_batch_in_one_launch_is_the_last_row_of_the_whole_operator(case: tuple[object, ...], one_launch: list[str]) -> None:
+    """In fresh memory full of NaN, and with the same bits a second time."""
+    step = Step(case, DEVICE, torch.float32)
+    want, chosen = step.expected()
+    (out, indices), (again, _) = step.run("triton"), step.run("triton")
+    assert len(one_launch) == 2
+    assert torch.equal(indices, chosen)
+    assert relative_l2(out, want) < 2e-6
+    assert torch.equal(out, again)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        CASES[5],  # blocks that are no whole sets of keys
+        ((8, 1, 64, 4, 1, 2, 32), (4, 2, 16, 16), [70], 100, True),  # blocks of too many compressed keys
+        ((8, 4, 16, 4, 1, 2, 32), (17, 1, 16, 16), [70], 100, True),  # groups of too many heads
+    ],
+    ids=str,
+)
+def test_what_one_launch_does_not_take_goes_through_several(case: tuple[object, ...], one_launch: list[str]) -> None:
+    step = Step(case, DEVICE, torch.float32)
+    want, chosen = step.expected()
+    out, indices = step.run("triton")
+    assert one_launch == []
+    assert torch.equal(indices, chosen)
+    assert relative_l2(out, want) < 2e-6
+
+
+def test_only_batches_with_a_group_for_most_multiprocessors_are_one_launch(
+    one_launch: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group, "GROUPS", 0.75)
+    monkeypatch.setattr(group, "cores", lambda device: 8)
+    for rows, launches in ((2, 0), (3, 1)):
+        Step(((8, 4, 16, 4, 1, 2, 32), (4, 2, 16, 16), [40] * rows, 48, True), DEVICE, torch.float32).run("triton")
+        assert len(one_launch) == launches
+
+
 PATHS = {"a selection by its own kernel": 0, "four kernels": decode.CHOICE_WIDTH}
 
 
@@ -135,13 +204,16 @@ def test_a_selection_by_a_kernel_of_its_own_is_the_same(case: tuple[object, ...]
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="what Triton's interpreter shows")
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", [*PATHS, "one kernel"])
 @pytest.mark.parametrize("case", [CASES[0], CASES[1]], ids=str)
 def test_kernels_that_begin_early_touch_nothing_that_the_kernel_before_is_at(
     case: tuple[object, ...], path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Until a program waits, what the kernel before wrote is NaN, and the program writes nothing; every program waits once."""
-    monkeypatch.setattr(decode, "CHOICE_WIDTH", PATHS[path])
+    if path in PATHS:
+        monkeypatch.setattr(decode, "CHOICE_WIDTH", PATHS[path])
+    else:
+        monkeypatch.setattr(group, "DTYPES", (torch.float32,))
     step = Step(case, DEVICE, torch.float32)
     want, chosen = step.expected()
     written: list[tuple[Tensor, Tensor]] = []  # by the kernel before, and what it wrote
@@ -183,6 +255,8 @@ def test_kernels_that_begin_early_touch_nothing_that_the_kernel_before_is_at(
     set_place = interpreter.interpreter_builder.set_grid_idx
     monkeypatch.setattr(interpreter.interpreter_builder, "set_grid_idx", begin)
     monkeypatch.setattr(decode, "follow", wait)
+    monkeypatch.setattr(group, "follow", wait)
+    monkeypatch.setattr(group, "attend_group", Watched(group.attend_group))
     for name in ("attend_split", "block_scores", "select_blocks", "gather_split", "merge"):
         monkeypatch.setattr(decode, name, Watched(getattr(decode, name)))
     out, indices = step.run("triton")
@@ -215,7 +289,7 @@ def test_a_step_past_32k_tokens_is_right() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("case", [*CASES, LONG], ids=str)
+@pytest.mark.parametrize("case", [*CASES, LONG, BATCH], ids=lambda case: str(case)[:90])
 def test_a_step_in_half_precision_is_the_operator_in_float32_on_a_gpu(case: tuple[object, ...], dtype: torch.dtype) -> None:
     step = Step(case, "cuda", dtype)
     want, chosen = step.expected()

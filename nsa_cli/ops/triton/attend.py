@@ -31,6 +31,16 @@ LOCAL = tl.constexpr(2)
 """The num_local newest selection blocks, up to the query."""
 INIT = tl.constexpr(3)
 """The first num_init selection blocks, as far as they are not LOCAL."""
+LEAST = tl.constexpr(-1e30)
+"""Where running maxima start."""
+LEAST_ROWS = 16
+"""Of a tile: tl.dot takes no fewer."""
+
+
+@triton.jit
+def blocks_seen(length, LENGTH: tl.constexpr, STRIDE: tl.constexpr):
+    """Complete compressed blocks of the first `length` tokens (the division of a negative number would round up)."""
+    return tl.where(length >= LENGTH, (length - LENGTH) // STRIDE + 1, 0)
 
 
 @triton.jit

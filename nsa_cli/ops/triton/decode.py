@@ -12,6 +12,7 @@ that a captured graph serves every length. No atomics: partials are added in the
 first kernel, over all keys, and the last. A launch that waits for another takes 2 to 4 us however little it does, and what it
 reads one thing after another is most of that: so each kernel asks for all that it can at once, for some of it before the
 kernel before it is done (`overlap`): what this call was given, and what attend_split left, once that is two launches back.
+Large batches, with a group for most multiprocessors, take one launch instead (`group`).
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -24,15 +25,13 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_cli.config import NSAConfig
-from nsa_cli.ops.triton.attend import load_tile
+from nsa_cli.ops.triton import group
+from nsa_cli.ops.triton.attend import LEAST, LEAST_ROWS, blocks_seen, load_tile
 from nsa_cli.ops.triton.launch import cores
 from nsa_cli.ops.triton.overlap import follow, overlap
 from nsa_cli.ops.triton.problem import LOG2E, Problem, cdiv, next_power_of_2, padded_dim
 from nsa_cli.ops.triton.selection import top_blocks
 
-LEAST = tl.constexpr(-1e30)
-LEAST_ROWS = 16
-"""Of a tile: tl.dot takes no fewer."""
 SPLIT_BYTES = {2: 2**15, 4: 2**14}
 """Keys on chip at a time in attend_split, by the bytes of a number."""
 GATHER_BYTES = {2: 2**14, 4: 2**13}
@@ -57,12 +56,6 @@ SUMS = 2**10
 """Block sums, of heads, that a program of block_scores has."""
 MERGED = {"thread": 64, "program": 2**12}
 """Numbers of partials that merge has a thread, and of several heads a program."""
-
-
-@triton.jit
-def blocks_seen(length, LENGTH: tl.constexpr, STRIDE: tl.constexpr):
-    """Complete compressed blocks of the first `length` tokens (the division of a negative number would round up)."""
-    return tl.where(length >= LENGTH, (length - LENGTH) // STRIDE + 1, 0)
 
 
 @triton.jit
@@ -344,21 +337,27 @@ def decode_attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`nsa_cli.ops.decode.decode_attention`, with all that the host knows from the tensors' shapes: nothing waits for it."""
     (b, h, _, d), g, e, device = q.shape, k.shape[1], v.shape[3], q.device
-    size, groups = q.element_size(), b * g
     p = Problem(config=config, b=b, h=h, g=g, n=1, d=d, e=e, dtype=q.dtype, device=device, scale=scale)
+    blocks, late = config.num_select_blocks(k.shape[2]), overlap(device)
+    if k_cmp.shape[2] == 0:  # no block fits into this cache: any address will do, none is read
+        k_cmp, v_cmp = k, v
+    ring = k_win is not None and v_win is not None
+    keys, values = (k_win, v_win) if k_win is not None and v_win is not None else (k, v)
+    if group.fits(p, blocks, k, v, keys, values):
+        return group.attend_in_one(
+            q, k, v, k_cmp, v_cmp, gates, p, positions=positions, q_cmp=q_cmp, k_win=keys, v_win=values, ring=ring, blocks=blocks
+        )
+    size, groups = q.element_size(), b * g
     r, block, widest = p.r, config.select_block, max(p.dk, p.dv) * size
     ratio = block // config.compress_stride
     step = next_power_of_2(ratio)
-    bj, blocks = max(1, min(128, SPLIT_BYTES[size] // widest) // step), config.num_select_blocks(k.shape[2])
+    bj = max(1, min(128, SPLIT_BYTES[size] // widest) // step)
     while bj > 1 and bj * step > 32 and groups * cdiv(blocks, bj) < cores(device):  # few rows: short ways
         bj //= 2
     tiles = cdiv(blocks, bj)
     splits, per = _share(tiles, groups, _programs(SPLIT_STAGES[size] - 1, 2 * bj * step * widest, device))
     heads = {"G": g, "R": r, "RM": max(LEAST_ROWS, p.rp), "D": d, "E": e, "DK": p.dk, "DV": p.dv, "PRECISION": p.precision}
     shape = {"LENGTH": config.compress_block, "STRIDE": config.compress_stride, "RATIO": ratio}
-    late = overlap(device)
-    if k_cmp.shape[2] == 0:  # no block fits into this cache: any address will do, none is read
-        k_cmp, v_cmp = k, v
     top, own, right = _floats(device, (groups, tiles, r), *((groups, tiles, r, bj),) * 2)
     o_cmp, cmp_max, cmp_sum = _floats(device, (groups, splits, r, e), *((groups, splits, r),) * 2)
     attend_split[(groups * splits,)](
@@ -374,8 +373,6 @@ def decode_attention(
         positions, cmp_max, cmp_sum, top, own, right, scores, splits, tiles, cdiv(tiles, bt), width, G=g, R=r, RP=p.rp, **shape,
         BLOCK=block, BJ=bj, BT=bt, SPLITS_UP=splits_up, num_warps=4, **late,
     )  # fmt: skip
-    ring = k_win is not None and v_win is not None
-    keys, values = (k_win, v_win) if k_win is not None and v_win is not None else (k, v)
     bn = max(16, min(64, GATHER_BYTES[size] // widest))
     while bn > 32 and groups * cdiv(config.num_selected * block, bn) < 2 * cores(device):
         bn //= 2
