@@ -14,7 +14,6 @@ from typing import cast
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.nn import functional as F
 
 from nsa_cli.config import NSAConfig
 from nsa_cli.model.attention import DenseAttention
@@ -88,12 +87,13 @@ class Step:
     def __call__(self, ids: Tensor, cache: Cache, *, blocks: bool) -> Tensor:
         """Logits float32 [b, vocab] of what follows ids int64 [b]. cache: not empty, with room (`reserve`); its lengths on the
         device are counted here, those on the host are the caller's. blocks: False if no row's token completes a block."""
-        from nsa_cli.ops.triton.residual import Residual
+        from nsa_cli.ops.triton.residual import begin
 
-        model, at = self.model, cache.lengths
+        model = self.model
         nsa, act = model.config.nsa, "gelu" if model.config.ff == "gelu" else "silu"
         norms = [norm.weight for block in self._blocks() for norm in (block.attn_norm, block.ff_norm)]
-        x = Residual(F.embedding(ids, model.token_emb.weight), [*norms, model.norm.weight], NORM_EPS, self.counters)
+        norms.append(model.norm.weight)
+        x, at = begin(ids, model.token_emb.weight, cache.lengths, norms, NORM_EPS, self.counters)
         turns = model.rotary.turns(ids.device)
         for (weight, block), layer in zip(self._layers(), cache.layers, strict=True):
             projected = x.project(weight)
@@ -104,7 +104,6 @@ class Step:
             x.add(out.flatten(1), block.attn.to_out.weight)
             ff = block.ff
             x.add(x.project(ff.w1.weight, act=act, gate_weight=None if ff.w3 is None else ff.w3.weight), ff.w2.weight)
-        cache.lengths += 1
         weight = model.token_emb.weight if model.to_logits is None else model.to_logits.weight
         return x.project(weight, out=torch.empty(len(ids), len(weight), dtype=torch.float32, device=ids.device))
 

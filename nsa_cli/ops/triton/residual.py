@@ -3,7 +3,11 @@
     3 to 128 rows on Hopper, bf16 or float16    `linear_tiles`, four launches a layer
     otherwise up to 4 rows                      `linear`, the same
     else                                        PyTorch, launches of their own for norms, activations and gates
+
+`begin` makes it of the tokens.
 """
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
 from __future__ import annotations
 
@@ -13,10 +17,13 @@ from typing import TYPE_CHECKING
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
 from nsa_cli.ops.triton.linear import can_multiply, linear
+from nsa_cli.ops.triton.overlap import overlap, release, wait
+from nsa_cli.ops.triton.problem import next_power_of_2
 
 if TYPE_CHECKING:
     from nsa_cli.ops.triton.linear_tiles import Ahead, Tile
@@ -45,6 +52,51 @@ def find_tile(x: Tensor, weight: Tensor, gated: bool = False) -> Tile | None:
 def make_counters(device: torch.device) -> Tensor:
     """What residual streams that follow each other on a CUDA stream may share."""
     return torch.zeros(MOST_TILES, dtype=torch.int32, device=device)
+
+
+@triton.jit
+def begin_kernel(
+    p_ids, p_table, p_norm, p_lengths, p_at, p_x, p_scaled, p_squares, N: tl.constexpr, BN: tl.constexpr, AHEAD: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One row of x, its position, and with AHEAD what the first product takes of it."""
+    release(OVERLAP)
+    wait(OVERLAP)
+    i = tl.program_id(0).to(tl.int64)
+    o_n = tl.arange(0, BN)
+    m_n = o_n < N
+    b_x = tl.load(p_table + tl.load(p_ids + i) * N + o_n, mask=m_n, other=0.0)
+    tl.store(p_x + i * N + o_n, b_x, mask=m_n)
+    at = tl.load(p_lengths + i)
+    tl.store(p_at + i, at)
+    tl.store(p_lengths + i, at + 1)
+    if AHEAD:
+        b_x = b_x.to(tl.float32)
+        b_norm = tl.load(p_norm + o_n, mask=m_n, other=0.0).to(tl.float32)
+        tl.store(p_scaled + i * N + o_n, (b_x * b_norm).to(p_scaled.dtype.element_ty), mask=m_n)
+        tl.store(p_squares + i, tl.sum(b_x * b_x, 0))
+
+
+def begin(
+    ids: Tensor, table: Tensor, lengths: Tensor, norms: Iterable[Tensor], eps: float, counters: Tensor
+) -> tuple[Residual, Tensor]:
+    """The stream that begins with table[ids], and its tokens' positions: lengths, which are one more from then on.
+
+    ids, lengths int64 [rows]; table [vocabulary, dim]; norms, counters as in `Residual`."""
+    (rows,), dim = ids.shape, table.shape[1]
+    assert all(tensor.is_contiguous() for tensor in (ids, table, lengths))
+    x, at = table.new_empty(rows, dim), torch.empty_like(lengths)
+    stream, ahead = Residual(x, norms, eps, counters), None
+    if has_tiles(x.device) and x.dtype != torch.float32:
+        from nsa_cli.ops.triton.linear_tiles import Ahead
+
+        ahead = Ahead(torch.empty_like(x), torch.empty(1, rows, dtype=torch.float32, device=x.device))
+    begin_kernel[(rows,)](
+        ids, table, stream.norm, lengths, at, x, x if ahead is None else ahead.scaled, x if ahead is None else ahead.squares,
+        N=dim, BN=next_power_of_2(dim), AHEAD=ahead is not None, **overlap(x.device),
+    )  # fmt: skip
+    stream.ahead = ahead
+    return stream, at
 
 
 class Residual:
