@@ -333,11 +333,9 @@ def merge(
 
 def decode_attention(
     q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, config: NSAConfig, *, positions: Tensor,
-    q_cmp: Tensor, k_win: Tensor | None, v_win: Tensor | None, scale: float, counters: Tensor | None = None,
+    q_cmp: Tensor, k_win: Tensor | None, v_win: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`nsa_cli.ops.decode.decode_attention`, with all that the host knows from the tensors' shapes: nothing waits for it.
-
-    counters: int32 zeros of the calls on one stream, zeros again behind each: groups may have two programs, which meet there."""
+    """`nsa_cli.ops.decode.decode_attention`, with all that the host knows from the tensors' shapes: nothing waits for it."""
     (b, h, _, d), g, e, device = q.shape, k.shape[1], v.shape[3], q.device
     p = Problem(config=config, b=b, h=h, g=g, n=1, d=d, e=e, dtype=q.dtype, device=device, scale=scale)
     blocks, late = config.num_select_blocks(k.shape[2]), overlap(device)
@@ -347,9 +345,8 @@ def decode_attention(
     keys, values = (k_win, v_win) if k_win is not None and v_win is not None else (k, v)
     if group.fits(p, blocks, k, v, keys, values):
         return group.attend_in_one(
-            q, k, v, k_cmp, v_cmp, gates, p, positions=positions, q_cmp=q_cmp, k_win=keys, v_win=values, ring=ring, blocks=blocks,
-            counters=counters,
-        )  # fmt: skip
+            q, k, v, k_cmp, v_cmp, gates, p, positions=positions, q_cmp=q_cmp, k_win=keys, v_win=values, ring=ring, blocks=blocks
+        )
     size, groups = q.element_size(), b * g
     r, block, widest = p.r, config.select_block, max(p.dk, p.dv) * size
     ratio = block // config.compress_stride

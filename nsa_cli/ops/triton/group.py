@@ -1,9 +1,9 @@
 """One query a sequence against its cache in one launch: a program has all of a group, its three branches and the selection.
 
 For batches: there are as many programs as groups of heads, and each reads a group's keys one tile after another. Nothing goes
-through memory but the block sums of the compressed keys, which the same program reads again. A tile's keys are W sets, each of
-which has a warp, a running maximum, a sum and an output of its own, so that warps wait for each other only where a branch ends.
-With a group for each multiprocessor at most, a second program reads the window while the first waits for what it has asked for.
+through memory but the block sums of the compressed keys, which the same program reads again, and nothing is merged. A tile's
+keys are W sets, each of which has a warp, a running maximum, a sum and an output of its own, so that warps wait for each other
+only where a branch ends.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -29,8 +29,6 @@ GROUPS = 0.7
 """Least groups a multiprocessor: below, several programs a group read faster."""
 BLOCKS = 512
 """Most selection blocks of a sequence: beyond, compressed keys take most of the time, which shares of a group read as fast."""
-TWICE = 1.1
-"""Most groups a multiprocessor for which a second program of each has the window: beyond, two groups share one anyway."""
 WARPS = 4
 """Of a program, and sets of keys of a tile."""
 STAGES = 3
@@ -110,8 +108,7 @@ def importance(
 
 @triton.jit
 def attend_group(
-    p_q, p_q_cmp, p_k, p_v, p_k_cmp, p_v_cmp, p_k_win, p_v_win, p_gates, p_at, p_sums, p_indices, p_out, p_parts, p_count,
-    scale,
+    p_q, p_q_cmp, p_k, p_v, p_k_cmp, p_v_cmp, p_k_win, p_v_win, p_gates, p_at, p_sums, p_indices, p_out, scale,
     stride_qb, stride_qh, stride_cqb, stride_cqh, stride_kb, stride_kg, stride_vb, stride_vg, stride_ckb, stride_ckg, stride_cvb,
     stride_cvg, stride_wkb, stride_wkg, stride_wvb, stride_wvg, stride_gb, stride_gh, stride_gr, KS: tl.constexpr,
     VS: tl.constexpr, CKS: tl.constexpr, CVS: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
@@ -119,11 +116,9 @@ def attend_group(
     STRIDE: tl.constexpr, BLOCK: tl.constexpr, RATIO: tl.constexpr, NUM: tl.constexpr, NUM_INIT: tl.constexpr,
     NUM_LOCAL: tl.constexpr, PLACES: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr,
     RING: tl.constexpr, W: tl.constexpr, N: tl.constexpr, WAYS: tl.constexpr, PART: tl.constexpr, PRECISION: tl.constexpr,
-    TWO: tl.constexpr, OVERLAP: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out, and the selected blocks, of one group: W sets of N keys at a time, the compressed ones first.
-
-    TWO: a second program of the group has the window; the last that is done adds up their outputs, parts [2, R, E], in order.
 
     sums: of every head, what each block gets from its own compressed keys and gives to the next block [2, R, WIDTH], both
     relative to the maximum of their set so far [SETS, R], and log-sum-exp [R]. Rows of keys and values are KS, VS, ... apart.
@@ -131,10 +126,7 @@ def attend_group(
     BJ: tl.constexpr = N // RATIO
     SETS: tl.constexpr = WIDTH // BJ
     REACH: tl.constexpr = LENGTH // STRIDE - 1
-    i_half, i_bg = 0, tl.program_id(0).to(tl.int64)
-    if TWO:
-        groups = tl.num_programs(0) // 2
-        i_half, i_bg = tl.program_id(0) // groups, (tl.program_id(0) % groups).to(tl.int64)
+    i_bg = tl.program_id(0).to(tl.int64)
     i_b, i_g = i_bg // G, i_bg % G
     p_keys, p_values = p_k + i_b * stride_kb + i_g * stride_kg, p_v + i_b * stride_vb + i_g * stride_vg
     p_ck, p_cv = p_k_cmp + i_b * stride_ckb + i_g * stride_ckg, p_v_cmp + i_b * stride_cvb + i_g * stride_cvg
@@ -159,7 +151,7 @@ def attend_group(
     b_max = tl.full([W, RM], LEAST, tl.float32)
     b_sum = tl.zeros([W, RM], tl.float32)
     b_o = tl.zeros([W, RM, DV], tl.float32)
-    for i in range(0, tl.where(i_half == 0, tl.cdiv(count, W * N), 0)):
+    for i in range(0, tl.cdiv(count, W * N)):
         o_set = i * W + o_w
         m_c = o_set[:, None] * N + o_n[None, :] < count
         o_c = (o_set * N).to(tl.int64)
@@ -174,23 +166,18 @@ def attend_group(
             tl.store(p_next + o_block, tl.sum(b_blocks * right, 3), mask=m_r[None, :, None])
     b_weight, lse = set_weights(b_max, b_sum, g_cmp)
     b_out = b_o * b_weight[:, :, None]
+    tl.store(p_lse + o_r, lse, mask=m_r)
     b_q = load_queries(p_q, i_b * stride_qb + (i_g * R + o_r) * stride_qh, m_r, D, DK, W)
     p_chosen = p_indices + i_bg * NUM
-    if i_half == 0:
-        tl.store(p_lse + o_r, lse, mask=m_r)
-        tl.debug_barrier()  # every thread reads what others wrote
-        o_j = tl.arange(0, WIDTH)
-        b_score = importance(p_own, p_next, p_top, p_lse, o_j, count, R, RP, PART, WIDTH, RATIO, BJ, REACH)
-        top_blocks(b_score, o_j, (length - 1) // BLOCK, p_chosen, NUM, NUM_INIT, NUM_LOCAL, PLACES, WAYS)
-        tl.debug_barrier()
+    tl.debug_barrier()  # every thread reads what others wrote
+    o_j = tl.arange(0, WIDTH)
+    b_score = importance(p_own, p_next, p_top, p_lse, o_j, count, R, RP, PART, WIDTH, RATIO, BJ, REACH)
+    top_blocks(b_score, o_j, (length - 1) // BLOCK, p_chosen, NUM, NUM_INIT, NUM_LOCAL, PLACES, WAYS)
+    tl.debug_barrier()
     start = 0 if RING else tl.maximum(length - WINDOW, 0)
     seen = tl.minimum(WINDOW, length)
     selected = tl.cdiv(tl.minimum(NUM, (length - 1) // BLOCK + 1) * BLOCK, W * N)
     window = tl.cdiv(seen, W * N)
-    g_last = g_win
-    if TWO:
-        selected, window = tl.where(i_half == 0, selected, 0), tl.where(i_half == 0, 0, window)
-        g_last = tl.where(i_half == 0, g_slc, g_win)
     b_max = tl.full([W, RM], LEAST, tl.float32)
     b_sum = tl.zeros([W, RM], tl.float32)
     b_o = tl.zeros([W, RM, DV], tl.float32)
@@ -213,22 +200,11 @@ def attend_group(
             b_sum = tl.zeros([W, RM], tl.float32)
             b_o = tl.zeros([W, RM, DV], tl.float32)
         b_max, b_sum, b_o, _ = more_keys(b_q, b_k, b_v, m_s, b_max, b_sum, b_o, scale, PRECISION)
-    b_weight, _ = set_weights(b_max, b_sum, g_last)
+    b_weight, _ = set_weights(b_max, b_sum, g_win)
     b_all = tl.sum(b_out + b_o * b_weight[:, :, None], 0)
     o_e = tl.arange(0, DV)
-    o_row, m_out = o_r[:, None] * E + o_e[None, :], m_r[:, None] & (o_e < E)[None, :]
-    p_own_out = p_out + i_bg * (R * E)
-    if TWO:
-        p_part = p_parts + i_bg * (2 * R * E) + o_row
-        tl.store(p_part + i_half * (R * E), b_all, mask=m_out)
-        tl.debug_barrier()  # all of the program's part is written before its arrival is counted
-        if tl.atomic_add(p_count + i_bg, 1, sem="acq_rel") == 1:
-            tl.store(p_count + i_bg, 0)
-            b_all = tl.load(p_part, mask=m_out, other=0.0, cache_modifier=".cg")
-            b_all += tl.load(p_part + R * E, mask=m_out, other=0.0, cache_modifier=".cg")
-            tl.store(p_own_out + o_row, b_all.to(p_out.dtype.element_ty), mask=m_out)
-    else:
-        tl.store(p_own_out + o_row, b_all.to(p_out.dtype.element_ty), mask=m_out)
+    o_out = (i_bg * R + o_r)[:, None] * E + o_e[None, :]
+    tl.store(p_out + o_out, b_all.to(p_out.dtype.element_ty), mask=m_r[:, None] & (o_e < E)[None, :])
 
 
 def set_of(p: Problem) -> int:
@@ -255,28 +231,24 @@ def fits(p: Problem, blocks: int, k: Tensor, v: Tensor, k_win: Tensor, v_win: Te
 
 def attend_in_one(
     q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, p: Problem, *, positions: Tensor,
-    q_cmp: Tensor, k_win: Tensor, v_win: Tensor, ring: bool, blocks: int, counters: Tensor | None,
+    q_cmp: Tensor, k_win: Tensor, v_win: Tensor, ring: bool, blocks: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`decode.decode_attention` of a call that `fits`. blocks: selection blocks of the caches."""
-    groups = p.b * p.g
-    two = counters is not None and groups <= min(len(counters), TWICE * cores(p.device))
     config, r, n, w = p.config, p.r, set_of(p), WARPS
     ratio = config.select_block // config.compress_stride
     width = max(16, next_power_of_2(blocks), w * n // ratio)
     sums = torch.empty(p.b * p.g, r * (2 * width + width * ratio // n + 1), dtype=torch.float32, device=p.device)
     indices = torch.empty(p.b, p.g, 1, config.num_selected, dtype=torch.int32, device=p.device)
     out = torch.empty(p.b, p.h, 1, p.e, dtype=p.dtype, device=p.device)
-    parts = torch.empty(groups, 2, r, p.e, dtype=torch.float32, device=p.device) if two else sums
-    attend_group[(groups * (1 + two),)](
-        q, q_cmp, k, v, k_cmp, v_cmp, k_win, v_win, gates, positions, sums, indices, out, parts,
-        indices if counters is None else counters, p.scale_log2, *q.stride()[:2], *q_cmp.stride()[:2], *k.stride()[:2],
-        *v.stride()[:2], *k_cmp.stride()[:2], *v_cmp.stride()[:2], *k_win.stride()[:2], *v_win.stride()[:2], gates.stride(0),
-        gates.stride(1), gates.stride(3), KS=k.stride(2), VS=v.stride(2),
+    attend_group[(p.b * p.g,)](
+        q, q_cmp, k, v, k_cmp, v_cmp, k_win, v_win, gates, positions, sums, indices, out, p.scale_log2, *q.stride()[:2],
+        *q_cmp.stride()[:2], *k.stride()[:2], *v.stride()[:2], *k_cmp.stride()[:2], *v_cmp.stride()[:2], *k_win.stride()[:2],
+        *v_win.stride()[:2], gates.stride(0), gates.stride(1), gates.stride(3), KS=k.stride(2), VS=v.stride(2),
         CKS=k_cmp.stride(2), CVS=v_cmp.stride(2), G=p.g, R=r, RP=p.rp, RM=LEAST_ROWS, D=p.d, E=p.e, DK=p.dk, DV=p.dv,
         LENGTH=config.compress_block, STRIDE=config.compress_stride, BLOCK=config.select_block, RATIO=ratio,
         NUM=config.num_selected, NUM_INIT=config.num_init, NUM_LOCAL=config.num_local,
         PLACES=next_power_of_2(config.num_selected), WIDTH=width, WINDOW=config.window, RING=ring, W=w, N=n,
         WAYS=min(16, COMPARISONS // width), PART=min(p.rp, PART // width), PRECISION=p.precision,
-        TWO=two, num_warps=WARPS, num_stages=STAGES, **overlap(p.device),
+        num_warps=WARPS, num_stages=STAGES, **overlap(p.device),
     )  # fmt: skip
     return out, indices
