@@ -119,6 +119,16 @@ def test_the_wall_clock_measures_the_work_and_not_its_disposal() -> None:
     assert WallClock().seconds(Slow)[0] < 1e-3
 
 
+@pytest.mark.parametrize(("device", "counted"), [("cpu", [9.0]), ("cuda", [])])
+def test_a_first_run_which_compiles_kernels_is_not_counted(
+    device: str, counted: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, ceilings = FakeClock(iter([9.0])), Ceilings(flops_per_s=1.0, bytes_per_s=1.0)
+    bench = Bench(torch.device(device), torch.float32, clock, ceilings, Deadline(99.0), 1.0)
+    monkeypatch.setattr(bench, "peak", lambda work: (work(), 5)[1])
+    assert bench.peak_and_seconds(lambda: None) == (5, counted)
+
+
 def test_runs_are_handed_to_the_clock_together_once_their_length_is_known() -> None:
     clock = FakeClock(iter([0.5] + [0.125] * 99))
     assert measure(lambda: None, clock=clock, budget_s=1.0).repeats == 5

@@ -14,6 +14,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from nsa_cli.benchmark import BenchOptions, tune
+from nsa_cli.benchmark.timing import Work
 from nsa_cli.benchmark.tune import TuneReport, run_tune
 from nsa_cli.cli.app import run
 from nsa_cli.config import NSAConfig
@@ -43,8 +44,12 @@ class TileClock:
 
     method = "fake"
 
-    def seconds(self, work: Callable[[], Any]) -> float:
-        return min(SECONDS.get(tile_of(kernel), 1.0) for kernel in tuning.KERNELS)
+    def __init__(self) -> None:
+        self.slower: list[float] = []  # of the first readings
+
+    def seconds(self, work: Work, setup: Work | None = None, repeats: int = 1) -> list[float]:
+        taken = min(SECONDS.get(tile_of(kernel), 1.0) for kernel in tuning.KERNELS)
+        return [taken * (self.slower.pop(0) if self.slower else 1.0) for _ in range(repeats)]
 
 
 @pytest.fixture
@@ -63,6 +68,19 @@ def few(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
 def tuned(path: Path) -> TuneReport:
     return run_tune(OPTIONS, path, DEVICE)
+
+
+def test_what_was_faster_than_one_slow_reading_alone_is_not_kept(
+    few: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = TileClock()
+    clock.slower = [3.0]  # the configuration in use, while the machine was busy
+    monkeypatch.setattr(tune, "make_clock", lambda device: clock)
+    few(compressed=[SLOW])
+    (kernel,) = tuned(tmp_path / "table.json").kernels
+    assert not clock.slower
+    assert kernel.after == kernel.before
+    assert kernel.after_s == kernel.before_s
 
 
 def test_the_table_that_it_writes_is_the_one_that_launches_use(

@@ -2,7 +2,8 @@
 
 Coordinate descent: one kernel after another, the others as they are, the whole forward or backward timed. A candidate that the
 device cannot run, or that gives something else than the configuration in use, is refused; the fastest of the rest is kept when
-it saves enough to be no accident. The table is written after every kernel: an interruption keeps what was measured.
+it saves enough to be no accident, and does so again beside the one in use. The table is written after every kernel: an
+interruption keeps what was measured.
 """
 
 from __future__ import annotations
@@ -135,23 +136,31 @@ class Tuner:
         with tuning.overridden(self.table):
             before = tuning.tile(kernel, width=self.width, group=self.group, dtype=self.dtype, device=self.work.device)
             expected = run()
-            before_s = measure(run, clock=self.clock, budget_s=self.budget_s).median_s
+        before_s = self._seconds(run, key, before)
         after, after_s, refused = before, before_s, dict[str, str]()
         tried = [tile for tile in candidates(kernel, self.dtype) if tile != before]
         for tile in tried:
             try:
-                with tuning.overridden({**self.table, key: tile}):
-                    with parity.poisoned(self.work.device):
-                        fault = self.fault(run(), expected, way)
-                    seconds = math.inf if fault else measure(run, clock=self.clock, budget_s=self.budget_s).median_s
+                with tuning.overridden({**self.table, key: tile}), parity.poisoned(self.work.device):
+                    fault = self.fault(run(), expected, way)
+                seconds = math.inf if fault else self._seconds(run, key, tile)
             except tuning.LAUNCH_ERRORS as error:
                 fault, seconds = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", math.inf
             if fault:
                 refused[str(tile)] = fault
             elif seconds <= (1 - LEAST_GAIN) * before_s and seconds < after_s:
                 after, after_s = tile, seconds
+        if after != before:  # in turn with the one in use, whose seconds are older than all others
+            before_s, after_s = (self._seconds(run, key, tile) for tile in (before, after))
+            if after_s > (1 - LEAST_GAIN) * before_s:
+                after, after_s = before, before_s
         self.table[key] = after
         return TunedKernel(kernel, way, before, after, before_s, after_s, len(tried), refused)
+
+    def _seconds(self, run: Callable[[], object], key: str, tile: Tile) -> float:
+        """Median of `run` with one configuration of the kernel in the table's place."""
+        with tuning.overridden({**self.table, key: tile}):
+            return measure(run, clock=self.clock, budget_s=self.budget_s).median_s
 
 
 def candidates(kernel: str, dtype: torch.dtype) -> list[Tile]:
