@@ -411,6 +411,17 @@ def test_a_side_that_does_not_fit_into_memory_is_left_out_and_the_report_goes_on
     assert rows["decode"].dense.timing is not None
 
 
+def test_models_are_not_timed_on_wrong_attention_whose_row_was_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*given: object) -> Figures:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("nsa_cli.benchmark.runner.measure_forward", too_large)
+    monkeypatch.setattr(Runner, "_check_one", lambda self, tokens: "output: wrong")
+    rows = {row.case: row for row in run_bench(options(seq_lens=(40,), groups=("attention", "decode")), CPU).rows}
+    assert rows["forward"].note == "dense left out: out of memory; sparse left out: out of memory"
+    assert rows["decode"].note == "sparse not timed: output: wrong"
+
+
 def test_a_batch_too_large_for_one_pass_is_read_in_several_and_decoded_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nsa_cli.benchmark.models.PREFILL_TOKENS", 100)
     report = run_bench(options(seq_lens=(40,), batch=5, groups=("decode",)), CPU)

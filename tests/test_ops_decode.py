@@ -263,6 +263,7 @@ def test_kernels_that_begin_early_touch_nothing_that_the_kernel_before_is_at(
     assert torch.equal(indices, chosen)
     assert relative_l2(out, want) < 2e-6
     assert waits == programs
+    assert (len(programs) == len(step.lengths) * step.k.shape[1]) == (path == "one kernel")
 
 
 def test_a_step_by_torch_takes_any_layout_of_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,9 @@ from nsa_cli.model import Cache, Transformer, build_model
 from nsa_cli.model import captured as captured_module
 from nsa_cli.model.captured import CapturedStep
 from nsa_cli.model.compress import NETWORKS
+from nsa_cli.model.rotary import Rotary, rotate
 from nsa_cli.model.step import Step, can_step
-from nsa_cli.ops.triton import append, decode, linear, linear_tiles
+from nsa_cli.ops.triton import append, decode, group, linear, linear_tiles, residual
 from nsa_cli.ops.triton.decode import dense_attention
 from tests.inputs import relative_l2
 
@@ -249,21 +250,32 @@ def test_steps_by_kernels_are_for_gpus_alone() -> None:
     assert not can_step(_models(None, {})[0].cpu())
 
 
+def test_a_token_is_turned_right_at_a_far_position() -> None:
+    """Turns in float32 would be off by a thousandth."""
+    at, rotary, x = torch.tensor([131_071], device=DEVICE), Rotary(4, 10_000.0), torch.randn(1, 3 * 4 + 4, device=DEVICE)
+    k, v = (torch.zeros(1, 1, 131_072, 4, device=DEVICE) for _ in "kv")
+    q, _, _ = append.append(x, rotary.turns(x.device), at, append.Places(k, v), heads=2, sets=1, config=None)
+    got = torch.cat([q[0, :, 0], k[0, :, -1]])
+    torch.testing.assert_close(got, rotate(x[0, :12].view(3, 4), rotary.cos_sin(at)), rtol=0, atol=1e-5)
+    assert torch.equal(v[0, 0, -1], x[0, 12:])
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("rows", [2, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "nsa", [*({"compress": name} for name in NETWORKS), {"branch_kv": "shared", "compress_rope": "block"}, None], ids=str
 )
 @torch.inference_mode()
-def test_captured_steps_are_the_models_own_on_a_gpu(nsa: dict[str, Any] | None, dtype: torch.dtype) -> None:
+def test_captured_steps_are_the_models_own_on_a_gpu(nsa: dict[str, Any] | None, dtype: torch.dtype, rows: int) -> None:
     """Both graphs, from a ragged prompt, across the room that there was."""
     geometry = None if nsa is None else NSAConfig(**nsa)
     config = ModelConfig(**{**SHAPE, "dim": 256, "heads": 8, "kv_heads": 2, "dim_head": 64, "context": 4096, "nsa": geometry})
     torch.manual_seed(1)
     model = build_model(config, device="cuda", dtype=dtype).eval()
     assert can_step(model)
-    ids = torch.randint(33, (2, 1200), device="cuda")
-    want, got = (_filled(model, ids, [900, 1100], 1110) for _ in "ab")
+    ids = torch.randint(33, (rows, 1200), device="cuda")
+    want, got = (_filled(model, ids, [900, 1100, 701, 1003, 850][:rows], 1110) for _ in "ab")
     captured = CapturedStep(Step(model), got)
     errors = []
     for _ in range(60):
@@ -293,7 +305,7 @@ def test_kernels_that_begin_early_give_the_same_bits_as_in_turn_on_a_gpu(
     ids, runs = torch.randint(33, (rows, 1600), device="cuda"), []
     for early in (True, False):
         if not early:
-            for module in (decode, append, linear, linear_tiles):
+            for module in (decode, group, append, linear, linear_tiles, residual):
                 monkeypatch.setattr(module, "overlap", lambda device: {"OVERLAP": False})
         cache = _filled(model, ids, [1500, 1203, 900, 1450, 1111][:rows], 1600)
         captured = CapturedStep(Step(model), cache)

@@ -105,5 +105,5 @@ def test_a_tile_fits_on_a_chip_and_covers_the_inner_dimension(
 def test_other_sizes_are_left_to_other_ways() -> None:
     x = torch.randn(6, 24).bfloat16()
     for other in (x[:2], x.float(), x[:, :20].contiguous(), x.flatten()[1:97].view(4, 24)):
-        assert linear_tiles.find_tile(other, other, False) is None
+        assert linear_tiles.find_tile(other, other, None) is None
     assert choose_tile(64, 16384, 4096, False, 132) is None  # the library's, when weights take longer than launches

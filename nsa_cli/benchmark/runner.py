@@ -29,6 +29,7 @@ from nsa_cli.model import accounting
 
 FORWARD, BACKWARD, TRAINING, PREFILL, DECODE = "forward", "backward", "training step", "prefill", "decode"
 STEP = "decode attention"
+TOO_LARGE = "out of memory"
 LEAST_RUNS = 2
 """What a side costs at least, in runs: the first one, compared with the reference, and one that is timed."""
 PICK_TOKENS = 2048
@@ -92,20 +93,28 @@ class Runner:
             for case in (FORWARD, BACKWARD) if "attention" in options.groups else ():
                 self._add(case, tokens, None, None, "left out: time limit")
             return ""
-        work = self._workload(tokens, options.batch if "attention" in options.groups else 1)
+        if "attention" not in options.groups:
+            return self._check_one(tokens)
+        work = self._workload(tokens, options.batch)
         block_indices = select(work, self.kernel)
         fault = selection_parity(work, block_indices)
         whole = sparse_operator(work, self.kernel, block_indices)
-        if "attention" in options.groups:
-            for case in (FORWARD, BACKWARD):
-                sparse, note = self._side(case, "sparse", tokens, partial(self._operator, whole, case, work, fault))
-                dense, dense_note = self._side(case, "dense", tokens, partial(self._dense, work, case))
-                self._add(case, tokens, dense, sparse, dense_note, note)
-                if sparse is not None and sparse.parity is not None:
-                    fault = fault or sparse.parity.detail
-        else:
-            fault = fault or check_forward(bench, whole, work.queries)[0].detail
+        for case in (FORWARD, BACKWARD):
+            sparse, note = self._side(case, "sparse", tokens, partial(self._operator, whole, case, work, fault))
+            dense, dense_note = self._side(case, "dense", tokens, partial(self._dense, work, case))
+            self._add(case, tokens, dense, sparse, dense_note, note)
+            if sparse is not None and sparse.parity is not None:
+                fault = fault or sparse.parity.detail
+            elif case == FORWARD and note.endswith(TOO_LARGE):
+                fault = fault or self._check_one(tokens)
         return fault
+
+    def _check_one(self, tokens: int) -> str:
+        """What is wrong with sparse attention of one sequence, or ""."""
+        work = self._workload(tokens, 1)
+        block_indices = select(work, self.kernel)
+        whole = sparse_operator(work, self.kernel, block_indices)
+        return selection_parity(work, block_indices) or check_forward(self.bench, whole, work.queries)[0].detail
 
     def _branches(self, tokens: int) -> None:
         """A row for each branch of a length that was asked for: last, since they explain the others' figures."""
@@ -211,7 +220,7 @@ class Runner:
             figures = None
         if figures is None:
             torch.cuda.empty_cache()  # the error's frames, which held it, are gone
-            return None, f"{label} left out: out of memory"
+            return None, f"{label} left out: {TOO_LARGE}"
         if figures.timing is not None:
             self._seconds[case, label] = tokens, figures.timing.median_s
         return figures, ""

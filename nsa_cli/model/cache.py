@@ -129,9 +129,10 @@ class LayerCache:
 
 @dataclass(frozen=True)
 class Mark:
-    """A place in every row to which `Cache.back_to` can return: lengths, and the rings' content."""
+    """A place in every row to which `Cache.back_to` can return: lengths, on the host and the device, and the rings' content."""
 
     lengths: list[int]
+    at: Tensor
     rings: list[dict[str, Tensor]]
 
 
@@ -196,7 +197,7 @@ class Cache:
     def mark(self) -> Mark:
         """Where every row stands now. Costs a copy of the rings."""
         rings = [{n: b.clone() for n, b in layer.buffers.items() if n.endswith("_ring")} for layer in self.layers]
-        return Mark(list(self.host_lengths), rings)
+        return Mark(list(self.host_lengths), self.lengths.clone(), rings)
 
     def back_to(self, mark: Mark) -> None:
         """Take back every token since the mark: the cache goes on as if they had never come."""
@@ -205,7 +206,7 @@ class Cache:
             for name, ring in rings.items():
                 layer.buffers[name].copy_(ring)
         self.host_lengths = list(mark.lengths)
-        self.lengths.copy_(torch.tensor(mark.lengths, dtype=torch.int64))
+        self.lengths.copy_(mark.at)
 
     def select(self, rows: Tensor | Sequence[int]) -> Cache:
         """A cache of the given rows of the batch, in that order, each as often as named."""

@@ -1,7 +1,7 @@
 """One query a sequence against its cache in one launch: a program has all of a group, its three branches and the selection.
 
-For batches: there are as many programs as groups of heads, and each reads a group's keys one tile after another. Nothing goes
-through memory but the block sums of the compressed keys, which the same program reads again, and nothing is merged. A tile's
+For batches: there are as many programs as groups of heads, and each reads a group's keys one tile after another. What goes
+through memory, block sums of the compressed keys and the selection, the same program reads again; nothing is merged. A tile's
 keys are W sets, each of which has a warp, a running maximum, a sum and an output of its own, so that warps wait for each other
 only where a branch ends.
 """

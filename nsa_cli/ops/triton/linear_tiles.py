@@ -26,6 +26,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from nsa_cli.ops.triton.launch import cores
 from nsa_cli.ops.triton.overlap import overlap
 from nsa_cli.ops.triton.problem import cdiv, next_power_of_2
+from nsa_cli.ops.triton.residual import Ahead
 
 release, wait = tl.extra.cuda.gdc_launch_dependents, tl.extra.cuda.gdc_wait
 load_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # as older Tritons have it
@@ -215,23 +216,15 @@ def choose_tile(rows: int, inner: int, columns: int, gated: bool, cores: int) ->
     return None
 
 
-def find_tile(x: Tensor, weight: Tensor, gated: bool) -> Tile | None:
+def find_tile(x: Tensor, weight: Tensor, gate_weight: Tensor | None) -> Tile | None:
     """The tile for x weight^T, None if `linear_tiles` cannot or should not do it."""
     rows, inner = x.shape
     if not LEAST_ROWS <= rows <= MOST_ROWS or x.dtype not in DTYPES or inner % 8 != 0:
         return None
-    if any(tensor.data_ptr() % 16 != 0 for tensor in (x, weight)):  # rows must be fit for the copy engine
+    given = (x, weight, x if gate_weight is None else gate_weight)
+    if any(tensor.data_ptr() % 16 != 0 for tensor in given):  # rows must be fit for the copy engine
         return None
-    return choose_tile(rows, inner, len(weight), gated, cores(x.device))
-
-
-@dataclass(frozen=True)
-class Ahead:
-    """What the next product takes instead of RMSNorm's result: scaled = norm * x [rows, n], which must be finite in its
-    precision, and the sums of squares of x's rows, float32 [parts, rows], in parts."""
-
-    scaled: Tensor
-    squares: Tensor
+    return choose_tile(rows, inner, len(weight), gate_weight is not None, cores(x.device))
 
 
 def linear_tiles(

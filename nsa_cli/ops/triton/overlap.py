@@ -4,9 +4,9 @@ Such a kernel is launched with `overlap(device)`. Each of its programs waits onc
 before may still read what that memory held, and before it reads what the kernel before wrote. Constants may be read earlier.
 
 A kernel that calls `follow` lets the next be launched only after it has waited: whatever was launched before such a kernel is
-complete when the next one begins, and may be read from the start. One that calls `release` first (`linear`, `linear_tiles`) gives
-the next more time and promises it nothing: behind it, as behind a library's kernel, which may overlap in its own way, all but
-constants is read after the wait.
+complete when the next one begins, and may be read from the start. One that calls `release` first (`linear`, `linear_tiles`,
+`residual`) gives the next more time and promises it nothing: behind it, as behind a library's kernel, which may overlap in its
+own way, all but constants is read after the wait.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,16 @@ from nsa_cli.ops.triton.overlap import overlap, release, wait
 from nsa_cli.ops.triton.problem import next_power_of_2
 
 if TYPE_CHECKING:
-    from nsa_cli.ops.triton.linear_tiles import Ahead, Tile
+    from nsa_cli.ops.triton.linear_tiles import Tile
+
+@dataclass(frozen=True)
+class Ahead:
+    """What the next product takes instead of RMSNorm's result: scaled = norm * x [rows, n], bfloat16, which has room for what is
+    not divided by a root yet, and the sums of squares of x's rows, float32 [parts, rows], in parts."""
+
+    scaled: Tensor
+    squares: Tensor
+
 
 MOST_TILES = 2**10
 """More than `linear_tiles` makes of any result."""
@@ -40,13 +50,13 @@ def has_tiles(device: torch.device) -> bool:
     return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
 
 
-def find_tile(x: Tensor, weight: Tensor, gated: bool = False) -> Tile | None:
+def find_tile(x: Tensor, weight: Tensor, gate_weight: Tensor | None = None) -> Tile | None:
     """The tile for x weight^T, None if `linear_tiles` cannot or should not do it."""
     if not has_tiles(x.device):
         return None
     from nsa_cli.ops.triton import linear_tiles
 
-    return linear_tiles.find_tile(x, weight, gated)
+    return linear_tiles.find_tile(x, weight, gate_weight)
 
 
 def make_counters(device: torch.device) -> Tensor:
@@ -87,9 +97,7 @@ def begin(
     assert all(tensor.is_contiguous() for tensor in (ids, table, lengths))
     x, at = table.new_empty(rows, dim), torch.empty_like(lengths)
     stream, ahead = Residual(x, norms, eps, counters), None
-    if has_tiles(x.device) and x.dtype != torch.float32:
-        from nsa_cli.ops.triton.linear_tiles import Ahead
-
+    if has_tiles(x.device) and x.dtype == torch.bfloat16:
         ahead = Ahead(torch.empty_like(x), torch.empty(1, rows, dtype=torch.float32, device=x.device))
     begin_kernel[(rows,)](
         ids, table, stream.norm, lengths, at, x, x if ahead is None else ahead.scaled, x if ahead is None else ahead.squares,
@@ -110,14 +118,14 @@ class Residual:
         self.x, self.eps, self.counters = x, eps, counters
         self.norms = iter(norms)
         self.norm = next(self.norms)
-        self.ahead: Ahead | None = None  # of this norm, where linear_tiles added last
+        self.ahead: Ahead | None = None  # of this norm, where linear_tiles added last, or `begin` did
 
     def project(
         self, weight: Tensor, *, act: str | None = None, gate_weight: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:
         """act(n weight^T) [* n gate_weight^T], n = RMSNorm(x). act: "gelu", "silu", or none. out: of any dtype."""
         x, n, squares = self.x, None, None
-        tile = find_tile(x, weight, gate_weight is not None)
+        tile = find_tile(x, weight, gate_weight)
         if tile is None and can_multiply(len(x), x.shape[1], x.dtype):
             return linear(x, weight, norm=self.norm, eps=self.eps, act=act, gate_weight=gate_weight, out=out)
         if tile is not None and self.ahead is not None:
@@ -144,7 +152,8 @@ class Residual:
         if tile is not None:
             from nsa_cli.ops.triton.linear_tiles import linear_tiles
 
-            _, self.ahead = linear_tiles(y, weight, tile, counters=self.counters, add=self.x, out=self.x, norm=self.norm)
+            norm = self.norm if self.x.dtype == torch.bfloat16 else None
+            _, self.ahead = linear_tiles(y, weight, tile, counters=self.counters, add=self.x, out=self.x, norm=norm)
         elif can_multiply(len(y), y.shape[1], y.dtype):
             linear(y, weight, add=self.x, out=self.x)
         else:
