@@ -119,7 +119,7 @@ def measure_prefill_and_decode(bench: Bench, subject: Subject) -> tuple[Figures,
     config = subject.config
     tokens, item = config.context, torch.empty(0, dtype=bench.dtype).element_size()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    at_once = max(1, min(subject.batch, PREFILL_TOKENS // tokens))
+    at_once = _at_once(subject.batch, tokens)
     ids = subject.ids(bench)[torch.arange(subject.batch) % at_once]
     kept: list[tuple[Tensor, Cache]] = []
 
@@ -185,10 +185,14 @@ def _measure_decode(
     return bench.figures(kernel, timing, peak, flops, moved, check, cache=cache.nbytes)
 
 
+def _at_once(batch: int, tokens: int) -> int:
+    """Sequences that one pass reads."""
+    return max(1, min(batch, PREFILL_TOKENS // tokens))
+
+
 def _filled(model: Transformer, ids: Tensor, tokens: int, capacity: int) -> Cache:
     """A cache with room for `capacity` tokens that holds the first `tokens`, of rows that repeat those of the first pass."""
-    batch = len(ids)
-    at_once = max(1, min(batch, PREFILL_TOKENS // capacity))
+    batch, at_once = len(ids), _at_once(len(ids), capacity)
     cache = model.make_cache(at_once, capacity)
     if tokens:
         model(ids[:at_once, :tokens], cache=cache, last=True)
