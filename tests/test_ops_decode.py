@@ -17,7 +17,8 @@ from nsa_cli.model import Transformer, build_model, nsa
 from nsa_cli.ops import nsa_attention
 from nsa_cli.ops.decode import decode_attention
 from nsa_cli.ops.dispatch import nsa_attention_and_selection
-from nsa_cli.ops.triton import decode, group
+from nsa_cli.ops.triton import decode, group, group_tiles
+from nsa_cli.ops.triton.residual import has_tiles
 from tests.inputs import relative_l2
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -186,6 +187,64 @@ def test_only_batches_with_a_group_for_most_multiprocessors_are_one_launch(
     for rows, launches in ((2, 0), (3, 1)):
         Step(((8, 4, 16, 4, 1, 2, 32), (4, 2, 16, 16), [40] * rows, 48, True), DEVICE, torch.float32).run("triton")
         assert len(one_launch) == launches
+
+
+TILE_CASES = [
+    BATCH,
+    ((32, 16, 64, 16, 1, 2, 512), (64, 4, 128, 128), [8_205, 4_097, 77], 8_205, False),
+    ((32, 16, 64, 16, 1, 2, 512), (16, 2, 64, 64), [32_000, 20_011], 32_768, True),
+    ((32, 16, 64, 5, 1, 1, 31), (10, 2, 80, 120), [1_501, 1, 11, 700], 1_501, True),
+    ((16, 8, 16, 6, 1, 2, 64), (6, 6, 64, 64), [901, 17, 11, 700], 901, True),
+    ((16, 16, 128, 7, 0, 1, 100), (12, 4, 48, 64), [4_001, 3, 2_500], 4_001, False),
+    ((32, 8, 32, 9, 2, 3, 130), (32, 2, 64, 64), [4_001, 3, 2_500], 4_001, True),
+    ((12, 4, 24, 4, 0, 0, 31), (9, 1, 128, 64), [100, 99, 11], 128, True),
+    ((32, 16, 64, 16, 1, 2, 512), (1, 1, 64, 128), [31, 5], 31, True),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_tiles(torch.device(DEVICE)), reason="needs a Hopper GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", TILE_CASES, ids=lambda case: str(case)[:90])
+def test_a_batch_by_tiles_is_the_operator_in_float32_on_a_gpu(
+    case: tuple[object, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With tiles of both sizes, and the choice of the kernel that is portable."""
+    calls, attend = [], group_tiles.attend_in_one
+
+    def counted(*args: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        calls.append(named)
+        return attend(*args, **named)
+
+    monkeypatch.setattr(group_tiles, "attend_in_one", counted)
+    monkeypatch.setattr(group_tiles, "KEY_BYTES", math.inf)
+    step = Step(case, "cuda", dtype)
+    want, chosen = step.expected()
+    for sizes in (group_tiles.TILE_BYTES, group_tiles.TILE_BYTES[::-1]):
+        monkeypatch.setattr(group_tiles, "TILE_BYTES", sizes)
+        (out, indices), (again, _) = step.run("triton"), step.run("triton")
+        same = (indices == chosen).all(-1).all(1)[:, 0]
+        assert same.float().mean() > 0.9 or len(same) < 5
+        assert same.any()
+        assert relative_l2(out[same], want[same]) < (5e-3 if dtype == torch.bfloat16 else 1e-3)
+        assert torch.equal(out, again)
+    assert len(calls) == 4
+    monkeypatch.setattr(decode, "has_tiles", lambda device: False)
+    monkeypatch.setattr(group, "GROUPS", 0)
+    others, portable = step.run("triton")
+    assert len(calls) == 4
+    assert (indices == portable).all(-1).float().mean() > 0.9
+    assert relative_l2(others[same], want[same]) < (5e-3 if dtype == torch.bfloat16 else 1e-3)
+
+
+def test_tiles_take_what_the_copy_engine_can_bring() -> None:
+    """Rows of whole 16 bytes, heads one behind the other; any part of a longer cache."""
+    cache = torch.zeros(2, 3, 40, 64, dtype=torch.bfloat16)
+    assert group_tiles._is_flat(cache)
+    assert group_tiles._is_flat(cache[:, :, :30])
+    assert group_tiles._is_flat(cache[1:, :, :, :40])
+    for other in (cache.transpose(1, 2), cache[:, :2], cache[..., 1:], cache[..., ::2], torch.zeros(2, 3, 40, 20)[..., :18]):
+        assert not group_tiles._is_flat(other)
 
 
 PATHS = {"a selection by its own kernel": 0, "four kernels": decode.CHOICE_WIDTH}

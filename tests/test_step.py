@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,7 +20,7 @@ from nsa_cli.model.captured import CapturedStep
 from nsa_cli.model.compress import NETWORKS
 from nsa_cli.model.rotary import Rotary, rotate
 from nsa_cli.model.step import Step, can_step
-from nsa_cli.ops.triton import append, decode, group, linear, linear_tiles, residual
+from nsa_cli.ops.triton import append, decode, group, group_tiles, linear, linear_tiles, residual
 from nsa_cli.ops.triton.decode import dense_attention
 from tests.inputs import relative_l2
 
@@ -267,8 +268,11 @@ def test_a_token_is_turned_right_at_a_far_position() -> None:
     "nsa", [*({"compress": name} for name in NETWORKS), {"branch_kv": "shared", "compress_rope": "block"}, None], ids=str
 )
 @torch.inference_mode()
-def test_captured_steps_are_the_models_own_on_a_gpu(nsa: dict[str, Any] | None, dtype: torch.dtype, rows: int) -> None:
-    """Both graphs, from a ragged prompt, across the room that there was."""
+def test_captured_steps_are_the_models_own_on_a_gpu(
+    nsa: dict[str, Any] | None, dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both graphs, from a ragged prompt, across the room that there was; several rows as many are."""
+    monkeypatch.setattr(group_tiles, "KEY_BYTES", math.inf if rows > 2 else 0)
     geometry = None if nsa is None else NSAConfig(**nsa)
     config = ModelConfig(**{**SHAPE, "dim": 256, "heads": 8, "kv_heads": 2, "dim_head": 64, "context": 4096, "nsa": geometry})
     torch.manual_seed(1)
@@ -302,10 +306,11 @@ def test_kernels_that_begin_early_give_the_same_bits_as_in_turn_on_a_gpu(
         **{**SHAPE, "dim": 256, "depth": 2, "heads": 8, "kv_heads": 2, "dim_head": 64, "context": 4096, "nsa": geometry}
     )
     model = build_model(config, device="cuda", dtype=torch.bfloat16).eval()
+    monkeypatch.setattr(group_tiles, "KEY_BYTES", math.inf if rows > 2 else 0)
     ids, runs = torch.randint(33, (rows, 1600), device="cuda"), []
     for early in (True, False):
         if not early:
-            for module in (decode, group, append, linear, linear_tiles, residual):
+            for module in (decode, group, group_tiles, append, linear, linear_tiles, residual):
                 monkeypatch.setattr(module, "overlap", lambda device: {"OVERLAP": False})
         cache = _filled(model, ids, [1500, 1203, 900, 1450, 1111][:rows], 1600)
         captured = CapturedStep(Step(model), cache)

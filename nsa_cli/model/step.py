@@ -141,7 +141,7 @@ class Step:
         unturned = projected[:, : attn.heads * q.shape[-1]].view(*q.shape)
         out, _ = decode_attention(
             q, k, v, k_cmp, v_cmp, gates, nsa, positions=at, q_cmp=q if nsa.compress_rope == "block" else unturned, k_win=k_win,
-            v_win=v_win, scale=q.shape[-1] ** -0.5,
+            v_win=v_win, scale=q.shape[-1] ** -0.5, early=True,
         )  # fmt: skip
         return out
 

@@ -12,12 +12,15 @@ that a captured graph serves every length. No atomics: partials are added in the
 first kernel, over all keys, and the last. A launch that waits for another takes 2 to 4 us however little it does, and what it
 reads one thing after another is most of that: so each kernel asks for all that it can at once, for some of it before the
 kernel before it is done (`overlap`): what this call was given, and what attend_split left, once that is two launches back.
-Large batches, with a group for most multiprocessors, take one launch instead (`group`).
+Batches take one launch instead, in which a program has all of a group: on Hopper from a few groups on (`group_tiles`), else with
+a group for most multiprocessors (`group`).
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -30,6 +33,7 @@ from nsa_cli.ops.triton.attend import LEAST, LEAST_ROWS, blocks_seen, load_tile
 from nsa_cli.ops.triton.launch import cores
 from nsa_cli.ops.triton.overlap import follow, overlap
 from nsa_cli.ops.triton.problem import LOG2E, Problem, cdiv, next_power_of_2, padded_dim
+from nsa_cli.ops.triton.residual import has_tiles
 from nsa_cli.ops.triton.selection import top_blocks
 
 SPLIT_BYTES = {2: 2**15, 4: 2**14}
@@ -333,9 +337,12 @@ def merge(
 
 def decode_attention(
     q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, config: NSAConfig, *, positions: Tensor,
-    q_cmp: Tensor, k_win: Tensor | None, v_win: Tensor | None, scale: float,
+    q_cmp: Tensor, k_win: Tensor | None, v_win: Tensor | None, scale: float, early: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`nsa_cli.ops.decode.decode_attention`, with all that the host knows from the tensors' shapes: nothing waits for it."""
+    """`nsa_cli.ops.decode.decode_attention`, with all that the host knows from the tensors' shapes: nothing waits for it.
+
+    early: the kernel launched last follows (`overlap`), and of positions, k_cmp and v_cmp it writes no more than each sequence's
+    last complete block, so that the rest may be read while it runs."""
     (b, h, _, d), g, e, device = q.shape, k.shape[1], v.shape[3], q.device
     p = Problem(config=config, b=b, h=h, g=g, n=1, d=d, e=e, dtype=q.dtype, device=device, scale=scale)
     blocks, late = config.num_select_blocks(k.shape[2]), overlap(device)
@@ -343,10 +350,14 @@ def decode_attention(
         k_cmp, v_cmp = k, v
     ring = k_win is not None and v_win is not None
     keys, values = (k_win, v_win) if k_win is not None and v_win is not None else (k, v)
+    one: dict[str, Any] = {"positions": positions, "q_cmp": q_cmp, "k_win": keys, "v_win": values, "ring": ring, "blocks": blocks}
+    if has_tiles(device):
+        from nsa_cli.ops.triton import group_tiles
+
+        if group_tiles.fits(p, blocks, (k, v, k_cmp, v_cmp, keys, values)):
+            return group_tiles.attend_in_one(q, k, v, k_cmp, v_cmp, gates, p, **one, early=early)
     if group.fits(p, blocks, k, v, keys, values):
-        return group.attend_in_one(
-            q, k, v, k_cmp, v_cmp, gates, p, positions=positions, q_cmp=q_cmp, k_win=keys, v_win=values, ring=ring, blocks=blocks
-        )
+        return group.attend_in_one(q, k, v, k_cmp, v_cmp, gates, p, **one)
     size, groups = q.element_size(), b * g
     r, block, widest = p.r, config.select_block, max(p.dk, p.dv) * size
     ratio = block // config.compress_stride
