@@ -107,6 +107,11 @@ class Step:
         weight = model.token_emb.weight if model.to_logits is None else model.to_logits.weight
         return x.project(weight, out=torch.empty(len(ids), len(weight), dtype=torch.float32, device=ids.device))
 
+    def _multiply(self, x: Tensor, weight: Tensor, act: str | None) -> Tensor:
+        from nsa_cli.ops.triton.residual import multiply
+
+        return multiply(x, weight, act=act, counters=self.counters)
+
     def _dense(self, attn: DenseAttention, projected: Tensor, turns: Tensor, at: Tensor, layer: LayerCache) -> Tensor:
         from nsa_cli.ops.triton.append import Places, append
         from nsa_cli.ops.triton.decode import dense_attention
@@ -136,7 +141,7 @@ class Step:
             blocks=blocks,
         )  # fmt: skip
         if blocks:
-            k_new, v_new = (network.phi(x) for network, x in zip(networks, raw, strict=True))
+            k_new, v_new = (network.phi_by(self._multiply, x) for network, x in zip(networks, raw, strict=True))
             store_blocks(k_new, v_new, k_cmp, v_cmp, at, nsa, turns if nsa.compress_rope == "block" else None)
         unturned = projected[:, : attn.heads * q.shape[-1]].view(*q.shape)
         out, _ = decode_attention(

@@ -107,6 +107,23 @@ def begin(
     return stream, at
 
 
+def multiply(x: Tensor, weight: Tensor, *, act: str | None, counters: Tensor) -> Tensor:
+    """act(x weight^T), x [rows, k], weight [n, k]; act, counters and what is read early as in `Residual`."""
+    tile = find_tile(x, weight)
+    if tile is not None:
+        from nsa_cli.ops.triton.linear_tiles import linear_tiles
+
+        return linear_tiles(x, weight, tile, counters=counters, act=act)[0]
+    if can_multiply(len(x), x.shape[1], x.dtype):
+        return linear(x, weight, act=act)
+    y = F.linear(x, weight)
+    return y if act is None else _activated(y, act)
+
+
+def _activated(y: Tensor, act: str) -> Tensor:
+    return F.gelu(y) if act == "gelu" else F.silu(y)
+
+
 class Residual:
     """x [rows, dim], changed in place.
 
@@ -140,7 +157,7 @@ class Residual:
             )[0]
         y = F.linear(n, weight)
         if act is not None:
-            y = F.gelu(y) if act == "gelu" else F.silu(y)
+            y = _activated(y, act)
         if gate_weight is not None:
             y = y * F.linear(n, gate_weight)
         return y if out is None else out.copy_(y)
