@@ -197,7 +197,7 @@ TILE_CASES = [
     ((16, 8, 16, 6, 1, 2, 64), (6, 6, 64, 64), [901, 17, 11, 700], 901, True),
     ((16, 16, 128, 7, 0, 1, 100), (12, 4, 48, 64), [4_001, 3, 2_500], 4_001, False),
     ((32, 8, 32, 9, 2, 3, 130), (32, 2, 64, 64), [4_001, 3, 2_500], 4_001, True),
-    ((12, 4, 24, 4, 0, 0, 31), (9, 1, 128, 64), [100, 99, 11], 128, True),
+    ((16, 8, 48, 4, 0, 0, 31), (9, 1, 128, 64), [400, 399, 11], 450, True),
     ((32, 16, 64, 16, 1, 2, 512), (1, 1, 64, 128), [31, 5], 31, True),
 ]
 
@@ -220,21 +220,46 @@ def test_a_batch_by_tiles_is_the_operator_in_float32_on_a_gpu(
     monkeypatch.setattr(group_tiles, "KEY_BYTES", math.inf)
     step = Step(case, "cuda", dtype)
     want, chosen = step.expected()
+    longest, error = step.lengths.index(max(step.lengths)), 5e-3 if dtype == torch.bfloat16 else 1e-3
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "has_tiles", lambda device: False)
+        patch.setattr(group, "GROUPS", 0)
+        others, portable = step.run("triton")
+    assert not calls
     for sizes in (group_tiles.TILE_BYTES, group_tiles.TILE_BYTES[::-1]):
         monkeypatch.setattr(group_tiles, "TILE_BYTES", sizes)
         (out, indices), (again, _) = step.run("triton"), step.run("triton")
-        same = (indices == chosen).all(-1).all(1)[:, 0]
-        assert same.float().mean() > 0.9 or len(same) < 5
-        assert same.any()
-        assert relative_l2(out[same], want[same]) < (5e-3 if dtype == torch.bfloat16 else 1e-3)
         assert torch.equal(out, again)
+        for reference, choice in ((want, chosen), (others, portable)):
+            same = (indices == choice).all(-1).all(1)[:, 0]
+            assert same.float().mean() > 0.9 or len(same) < 10
+            assert same[longest] or reference is want  # near ties of rounded scores
+            assert relative_l2(out[same], reference[same]) < error
     assert len(calls) == 4
-    monkeypatch.setattr(decode, "has_tiles", lambda device: False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_tiles(torch.device(DEVICE)), reason="needs a Hopper GPU")
+@pytest.mark.parametrize("tiles", [True, False])
+def test_one_launch_breaks_ties_and_keeps_its_places_whatever_the_scores_on_a_gpu(
+    tiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal scores go to the lower block; queries and keys without a number leave other sequences as they are."""
+    monkeypatch.setattr(decode, "has_tiles", lambda device: tiles)
+    monkeypatch.setattr(group_tiles, "KEY_BYTES", math.inf)
     monkeypatch.setattr(group, "GROUPS", 0)
-    others, portable = step.run("triton")
-    assert len(calls) == 4
-    assert (indices == portable).all(-1).float().mean() > 0.9
-    assert relative_l2(others[same], want[same]) < (5e-3 if dtype == torch.bfloat16 else 1e-3)
+    step = Step(((32, 16, 64, 16, 1, 2, 512), (16, 2, 64, 64), [8_000, 8_000, 8_000], 8_192, True), "cuda", torch.float16)
+    step.q_cmp[0] = 0
+    (before, chosen) = step.run("triton")
+    step.q_cmp[1, 0, 0, 0] = math.inf
+    step.k_cmp[1, :, 60:200] = math.nan
+    out, indices = step.run("triton")
+    assert indices[0, 0, 0].tolist() == [*range(14), 123, 124]
+    assert torch.equal(indices[::2], chosen[::2])
+    assert torch.equal(out[::2], before[::2])
+    rows = indices[1, :, 0]
+    assert ((rows >= 0) & (rows <= 124)).all()
+    assert (rows[:, 1:] > rows[:, :-1]).all()
 
 
 def test_tiles_take_what_the_copy_engine_can_bring() -> None:
@@ -243,6 +268,7 @@ def test_tiles_take_what_the_copy_engine_can_bring() -> None:
     assert group_tiles._is_flat(cache)
     assert group_tiles._is_flat(cache[:, :, :30])
     assert group_tiles._is_flat(cache[1:, :, :, :40])
+    assert group_tiles._rows(cache[:, :, :30]) == 40 != group_tiles._rows(torch.zeros(2, 3, 30, 64))
     for other in (cache.transpose(1, 2), cache[:, :2], cache[..., 1:], cache[..., ::2], torch.zeros(2, 3, 40, 20)[..., :18]):
         assert not group_tiles._is_flat(other)
 

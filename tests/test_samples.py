@@ -115,10 +115,10 @@ def test_the_gate_writes_its_baseline_once_and_then_compares(tmp_path: Path) -> 
 def test_the_kernel_table_prints_a_block_a_shape(tmp_path: Path) -> None:
     """With small blocks and one short length: in Triton's interpreter where there is no GPU."""
     geometry = [
-        "--compress-block", "8", "--compress-stride", "4", "--select-block", "16", "--num-selected", "4", "--window",
-        "16", "--budget", "0.01",
+        "--compress-block", "8", "--compress-stride", "4", "--select-block", "8", "--num-selected", "3", "--window",
+        "8", "--num-local", "1", "--budget", "0.01",
     ]  # fmt: skip
-    sizes = {"SHAPES": "2,1,16 2,2,16", "SEQ_LENS": "48", "NSA_KERNEL_TABLE": ""}
+    sizes = {"SHAPES": "2,1,16 2,2,16", "SEQ_LENS": "24", "NSA_KERNEL_TABLE": ""}
     table = run(SAMPLES / "kernel_table.sh", *geometry, cwd=tmp_path, **sizes).stdout
     assert "2 query heads, 1 key/value heads of 16" in table
     assert "2 query heads, 2 key/value heads of 16" in table

@@ -29,9 +29,9 @@ GEOMETRY: dict[str, Any] = {"compress_block": 4, "compress_stride": 2, "select_b
 SHAPE: dict[str, Any] = {"vocab_size": 33, "dim": 16, "depth": 1, "heads": 4, "kv_heads": 2, "dim_head": 8, "context": 64}
 
 CASES: list[tuple[dict[str, Any] | None, dict[str, Any]]] = [
-    ({}, {"depth": 2}),
+    ({}, {}),
     ({"branch_kv": "shared", "compress": "gated"}, {"ff": "swiglu"}),
-    ({"branch_kv": "shared", "compress": "mean", "compress_rope": "block"}, {"tie_embeddings": False}),
+    ({"branch_kv": "shared", "compress": "mean", "compress_rope": "block"}, {"tie_embeddings": False, "depth": 2}),
     ({"compress_rope": "block"}, {"heads": 3, "kv_heads": 3, "dim_head": 12}),
     ({"compress_block": 1, "compress_stride": 1, "select_block": 1, "window": 1}, {"kv_heads": 1}),
     ({"compress_block": 12, "compress_stride": 4, "select_block": 24, "num_selected": 3}, {"dim_head": 20}),
@@ -172,7 +172,7 @@ def graphs_without_gpu(monkeypatch: pytest.MonkeyPatch) -> list[FakeGraph]:
     return made
 
 
-@pytest.mark.parametrize("nsa", [{}, None], ids=["sparse", "dense"])
+@pytest.mark.parametrize("nsa", [{"branch_kv": "shared", "compress": "mean"}, None], ids=["sparse", "dense"])
 @torch.inference_mode()
 def test_replayed_steps_are_the_models_own(nsa: dict[str, Any] | None, graphs_without_gpu: list[FakeGraph]) -> None:
     """One graph for steps that complete a block and one for the others, made anew when the cache grows."""
@@ -273,6 +273,7 @@ def test_captured_steps_are_the_models_own_on_a_gpu(
 ) -> None:
     """Both graphs, from a ragged prompt, across the room that there was; several rows as many are."""
     monkeypatch.setattr(group_tiles, "KEY_BYTES", math.inf if rows > 2 else 0)
+    monkeypatch.setattr(group_tiles, "TILE_BYTES", (2**13, 2**13))  # several tiles of compressed keys
     geometry = None if nsa is None else NSAConfig(**nsa)
     config = ModelConfig(**{**SHAPE, "dim": 256, "heads": 8, "kv_heads": 2, "dim_head": 64, "context": 4096, "nsa": geometry})
     torch.manual_seed(1)
@@ -307,6 +308,7 @@ def test_kernels_that_begin_early_give_the_same_bits_as_in_turn_on_a_gpu(
     )
     model = build_model(config, device="cuda", dtype=torch.bfloat16).eval()
     monkeypatch.setattr(group_tiles, "KEY_BYTES", math.inf if rows > 2 else 0)
+    monkeypatch.setattr(group_tiles, "TILE_BYTES", (2**13, 2**13))  # several tiles of compressed keys
     ids, runs = torch.randint(33, (rows, 1600), device="cuda"), []
     for early in (True, False):
         if not early:

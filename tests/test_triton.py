@@ -41,7 +41,7 @@ CASES = table(f"""
 8/1 80 8,8,8 2+2+1 12 35 1 own plain f32
 16/1 32 4,2,8 1+1+0 1 25 1 shared model f32
 32/1 16 8,4,16 1+0+1 4096 21 1 own plain f32
-4/2 96 16,16,32 1+1+1 33 67 1 own model f32
+4/2 96 16,16,32 1+1+1 33 49 1 own model f32
 2/2 128 32,32,64 1+0+0 20 70 1 shared plain f32
 2/1 192/128 8,4,16 2+1+1 17 43 1 own model f32
 1/1 256 16,8,16 1+1+1 11 37 1 own turned f32
@@ -63,9 +63,9 @@ CASES = table(f"""
 2/1 96 12,4,24 1+0+1 31 30+31 1 own model f32
 1/1 32 32,32,64 59+2+2 33 77 1 own model f32
 2/2 192/128 4,2,8 2+2+0 11 39 1 shared plain f32
-6/2 96 12,4,24 1+0+1 1 55 1 shared plain f32
-8/1 96 16,16,128 3+0+2 2 20 2 own turned f32
-3/1 64 8,4,8 3+1+2 2 45 1 shared sliced f32
+6/2 96 12,4,24 1+0+1 1 37 1 shared plain f32
+8/1 96 16,16,128 3+0+2 2 20 1 own turned f32
+3/1 64 8,4,8 3+1+2 2 33 1 shared sliced f32
 4/1 8 4,2,8 0+1+2 512 31 1 shared sliced f32
 8/2 128 16,16,32 0+0+1 40 35 1 own sliced f32
 16/1 128 16,8,16 0+1+2 64 27 1 own plain f32
@@ -257,7 +257,7 @@ def test_the_whole_operator_is_registered_as_torch_wants_it(shared: bool) -> Non
     """Schemas, fake kernels with the real strides, and gradients that torch.compile may trace."""
     from nsa_cli.ops.triton import operators
 
-    x, geometry = parse("4/2 8 4,2,8 2+1+1 9 17 1 own model f32").inputs("cpu"), [4, 2, 8, 4, 1, 1, 9]
+    x, geometry = parse("2/1 8 4,2,8 2+1+1 9 17 1 own model f32").inputs("cpu"), [4, 2, 8, 4, 1, 1, 9]
     extra = (None, None, None) if shared else (x.q_cmp, x.k_win, x.v_win)
     inputs = (*x.required(), *extra, None if shared else cu([4, 13]))
     if not shared:
@@ -272,10 +272,10 @@ def test_the_whole_operator_is_registered_as_torch_wants_it(shared: bool) -> Non
 def test_each_branch_is_registered_as_torch_wants_it(branch: str) -> None:
     from nsa_cli.ops.triton import operators
 
-    x, geometry = parse("4/2 12/8 4,2,8 2+1+1 9 17 1 own sliced f32").inputs("cpu"), [4, 2, 8, 4, 1, 1, 9]
+    x, geometry = parse("2/1 12/8 4,2,8 2+1+1 9 17 1 own sliced f32").inputs("cpu"), [4, 2, 8, 4, 1, 1, 9]
     inputs = {
         "compressed": (x.q, x.k_cmp, x.v_cmp),
-        "selected": (x.q, x.k, x.v, torch.zeros(1, 2, 17, 4, dtype=torch.int32).fill_(-1)),
+        "selected": (x.q, x.k, x.v, torch.zeros(1, 1, 17, 4, dtype=torch.int32).fill_(-1)),
         "window": (x.q, x.k, x.v),
     }[branch]
     forward, backward = (getattr(operators, f"{branch}_{way}") for way in ("forward", "backward"))

@@ -9,7 +9,7 @@
     problem       sizes, packed documents' tables, descriptors of one call
     launch        grids and launches, a branch at a time
     decode        one query a sequence against its cache, kernels of its own
-    group         the same in one launch, for batches
+    group         the same in one launch, for batches; group_tiles, on Hopper's tensor cores
     append        a token's projections into the cache, before decode
     linear        products of a few rows, around both; linear_tiles, of a batch, on Hopper's tensor cores
     residual      which of them a step's products take, or PyTorch's

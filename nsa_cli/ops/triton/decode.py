@@ -12,8 +12,8 @@ that a captured graph serves every length. No atomics: partials are added in the
 first kernel, over all keys, and the last. A launch that waits for another takes 2 to 4 us however little it does, and what it
 reads one thing after another is most of that: so each kernel asks for all that it can at once, for some of it before the
 kernel before it is done (`overlap`): what this call was given, and what attend_split left, once that is two launches back.
-Batches take one launch instead, in which a program has all of a group: on Hopper from a few groups on (`group_tiles`), else with
-a group for most multiprocessors (`group`).
+Batches take one launch instead, in which a program has all of a group: on Hopper with the more groups the more each has to read
+(`group_tiles`), else with a group for most multiprocessors (`group`).
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -354,7 +354,7 @@ def decode_attention(
     if has_tiles(device):
         from nsa_cli.ops.triton import group_tiles
 
-        if group_tiles.fits(p, blocks, (k, v, k_cmp, v_cmp, keys, values)):
+        if group_tiles.fits(p, blocks, ((k, v), (k_cmp, v_cmp), (keys, values))):
             return group_tiles.attend_in_one(q, k, v, k_cmp, v_cmp, gates, p, **one, early=early)
     if group.fits(p, blocks, k, v, keys, values):
         return group.attend_in_one(q, k, v, k_cmp, v_cmp, gates, p, **one)

@@ -21,6 +21,7 @@ from nsa_cli.ops.triton.launch import cores
 from nsa_cli.ops.triton.linear_tiles import DTYPES, barrier, load_box, release, wait
 from nsa_cli.ops.triton.overlap import overlap
 from nsa_cli.ops.triton.problem import Problem, next_power_of_2
+from nsa_cli.ops.triton.selection import INFINITY
 
 memory = gl.shared_memory_descriptor
 view = memory.reinterpret if hasattr(memory, "reinterpret") else memory._reinterpret  # as older Tritons have it
@@ -37,8 +38,8 @@ STAGES = 3
 """Tiles on chip at a time."""
 SCORES = 2**11
 """Probabilities of keys that importance adds up at a time: 16 of a thread."""
-BLOCKS = 2**11
-"""Most selection blocks, of which every thread has a share on chip."""
+BLOCKS = 2**10
+"""Most selection blocks: every thread has a share of all."""
 RATIO = 8
 """Most compressed keys of a selection block."""
 KEY_BYTES = 1_900_000
@@ -150,7 +151,7 @@ def attend_tile(
         o_v = gl.arange(0, TILE, layout=gl.SliceLayout(1, FLAT))
         s_v.store(gl.where(gl.expand_dims(o_v < seen, 1), b_v, gl.zeros_like(b_v)))
     fence_async_shared()
-    barrier()  # all warps have p, and are done with the tile before
+    barrier()  # all warps have p, and are done with the tile before: with its buffers of keys and values, and of p
     b_o = warpgroup_mma(s_v.permute((1, 0)), s_p.permute((1, 0)), b_o * b_decay, is_async=True)
     b_total = b_total * b_decay + b_p
     b_o = warpgroup_mma_wait(0, [b_o])
@@ -173,7 +174,7 @@ def choose(
     """`selection.top_blocks`, three thresholds at a time; every warp has all scores, so that none waits for another."""
     forced = (o_j <= current) & ((o_j < NUM_INIT) | (o_j > current - NUM_LOCAL))
     candidate = (o_j <= current) & (forced == 0)
-    bits = gl.where(candidate, gl.maximum(b_score.to(gl.int32, bitcast=True), 0), -1)
+    bits = gl.where(candidate, gl.minimum(gl.maximum(b_score.to(gl.int32, bitcast=True), 0), INFINITY), -1)
     count_forced = gl.sum(forced.to(gl.int32), 0)
     candidates = current + 1 - count_forced
     places = NUM - count_forced
@@ -209,7 +210,7 @@ def choose(
     return b_place, taken
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["rows", "rows_window", "rows_compressed"])
 def attend_group_tiles(
     d_k, d_v, d_kw, d_vw, d_ck, d_cv, p_q, p_q_cmp, p_gates, p_at, p_scores, p_indices, p_out, scale, rows, rows_window,
     rows_compressed, stride_qb, stride_qh, stride_cqb, stride_cqh, stride_gb, stride_gh, stride_gr, G: gl.constexpr,
@@ -313,7 +314,7 @@ def attend_group_tiles(
     lse = gl.min(gl.reshape(gl.where(m_r, lse, float("inf")), (COLUMNS // RP, RP)), 0)
     b_lse = gl.expand_dims(gl.convert_layout(lse, gl.SliceLayout(0, KEYS)), 0)
     barrier()  # every thread reads what others wrote
-    for i in range(0, WIDTH // ONCE):
+    for i in range(0, current // ONCE + 1):
         o_j = i * ONCE + gl.arange(0, ONCE, layout=gl.SliceLayout(1, KEYS))
         o_p = gl.arange(0, RP, layout=gl.SliceLayout(0, KEYS))
         b_score = gl.zeros([ONCE], gl.float32, layout=gl.SliceLayout(1, KEYS))
@@ -367,9 +368,9 @@ def attend_group_tiles(
     gl.store(p_own, b_all.to(p_out.dtype.element_ty), mask=gl.expand_dims(o_h < R, 1) & gl.expand_dims(o_e < E, 0))
 
 
-def fits(p: Problem, blocks: int, tensors: tuple[Tensor, ...]) -> bool:
-    """Whether `attend_in_one` takes such a call and is the fastest. blocks: selection blocks of the caches; tensors: all keys and
-    values."""
+def fits(p: Problem, blocks: int, pairs: tuple[tuple[Tensor, Tensor], ...]) -> bool:
+    """Whether `attend_in_one` takes such a call and is the fastest. blocks: selection blocks of the caches; pairs: all keys with
+    their values."""
     config = p.config
     ratio = config.select_block // config.compress_stride
     keys = blocks * ratio + config.window + config.num_selected * config.select_block
@@ -379,10 +380,11 @@ def fits(p: Problem, blocks: int, tensors: tuple[Tensor, ...]) -> bool:
         and p.dk in DIMS
         and p.dv in DIMS
         and blocks <= BLOCKS
-        and config.select_block % 8 == 0
+        and config.select_block % 16 == 0
         and ratio <= RATIO
         and keys * max(p.dk, p.dv) * p.dtype.itemsize * cores(p.device) <= KEY_BYTES * p.b * p.g
-        and all(_is_flat(tensor) for tensor in tensors)
+        and all(_is_flat(x) for pair in pairs for x in pair)
+        and all(_rows(k) == _rows(v) for k, v in pairs)
     )
 
 
@@ -395,11 +397,16 @@ def tile_of(p: Problem) -> tuple[int, int]:
     return tile, min(config.select_block & -config.select_block, tile)
 
 
+def _rows(x: Tensor) -> int:
+    """From a head of x [b, g, s, d] to the next."""
+    return x.stride(1) // max(1, x.stride(2))
+
+
 def _is_flat(x: Tensor) -> bool:
     """Whether x [b, g, s, d] is fit for the copy engine as rows of d."""
     b, g, s, d = x.shape
     whole, group, row, one = x.stride()
-    rows = group // row if row > 0 else 0
+    rows = _rows(x)
     return (
         one == 1
         and row % 8 == 0
@@ -423,7 +430,7 @@ def attend_in_one(
     scores = torch.empty(p.b * p.g, width * ratio, p.r, dtype=torch.float32, device=device)
     indices = torch.empty(p.b, p.g, 1, config.num_selected, dtype=torch.int32, device=device)
     out = torch.empty(p.b, p.h, 1, p.e, dtype=p.dtype, device=device)
-    rows, rows_window, rows_compressed = (x.stride(1) // x.stride(2) for x in (k, k_win, k_cmp))
+    rows, rows_window, rows_compressed = (_rows(x) for x in (k, k_win, k_cmp))
     attend_group_tiles[(p.b * p.g,)](
         _boxes(k, box, PANEL), _boxes(v, box, PANEL), _boxes(k_win, tile, p.dk), _boxes(v_win, tile, p.dv),
         _boxes(k_cmp, tile, p.dk), _boxes(v_cmp, tile, p.dv), q, q_cmp, gates, positions, scores, indices, out, p.scale_log2,
@@ -440,6 +447,5 @@ def attend_in_one(
 def _boxes(x: Tensor, rows: int, dim: int) -> TensorDescriptor:
     """x [b, g, s, d] as rows, in boxes of `rows` x dim, zeros outside."""
     b, g, s, d = x.shape
-    group, row = x.stride(1), x.stride(2)
     layout = gl.NVMMASharedLayout.get_default_for([rows, dim], DTYPES[x.dtype])
-    return TensorDescriptor(x, [(b * g - 1) * (group // row) + s, d], [row, 1], [rows, dim], layout)
+    return TensorDescriptor(x, [(b * g - 1) * _rows(x) + s, d], [x.stride(2), 1], [rows, dim], layout)

@@ -4,7 +4,7 @@
     otherwise up to 4 rows                      `linear`, the same
     else                                        PyTorch, launches of their own for norms, activations and gates
 
-`begin` makes it of the tokens.
+`begin` makes it of the tokens; `multiply` makes other products of a step in the same ways.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -108,7 +108,7 @@ def begin(
 
 
 def multiply(x: Tensor, weight: Tensor, *, act: str | None, counters: Tensor) -> Tensor:
-    """act(x weight^T), x [rows, k], weight [n, k]; act, counters and what is read early as in `Residual`."""
+    """act(x weight^T), x [rows, k], weight [n, k], by the same kernels; act, counters and what is read early: `linear_tiles`."""
     tile = find_tile(x, weight)
     if tile is not None:
         from nsa_cli.ops.triton.linear_tiles import linear_tiles
@@ -116,12 +116,11 @@ def multiply(x: Tensor, weight: Tensor, *, act: str | None, counters: Tensor) ->
         return linear_tiles(x, weight, tile, counters=counters, act=act)[0]
     if can_multiply(len(x), x.shape[1], x.dtype):
         return linear(x, weight, act=act)
-    y = F.linear(x, weight)
-    return y if act is None else _activated(y, act)
+    return _activated(F.linear(x, weight), act)
 
 
-def _activated(y: Tensor, act: str) -> Tensor:
-    return F.gelu(y) if act == "gelu" else F.silu(y)
+def _activated(y: Tensor, act: str | None) -> Tensor:
+    return y if act is None else F.gelu(y) if act == "gelu" else F.silu(y)
 
 
 class Residual:
@@ -155,9 +154,7 @@ class Residual:
             return linear_tiles(
                 n, weight, tile, counters=self.counters, squares=squares, eps=self.eps, act=act, gate_weight=gate_weight, out=out
             )[0]
-        y = F.linear(n, weight)
-        if act is not None:
-            y = _activated(y, act)
+        y = _activated(F.linear(n, weight), act)
         if gate_weight is not None:
             y = y * F.linear(n, gate_weight)
         return y if out is None else out.copy_(y)

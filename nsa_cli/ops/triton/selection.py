@@ -14,6 +14,9 @@ import triton.language as tl
 
 from nsa_cli.ops.triton.attend import CMP, key_bounds
 
+INFINITY = tl.constexpr(0x7F800000)
+"""Its bits: the greatest that a score may have."""
+
 
 @triton.jit(do_not_specialize=["T0", "T1", "N", "OFFSET", "KEYS", "GRID", "KEY_TILES"])
 def block_importance(
@@ -93,12 +96,13 @@ def top_blocks(
 ):  # fmt: skip
     """Writes the forced blocks and the most important others of one query, ascending, -1 behind; ties go to the lower block.
 
-    Scores are finite and not negative, so that they order like their bits: bisection on the bits between the least and the
-    greatest finds a threshold with exactly the free places at or above it, or, among equals, a prefix sum breaks the tie.
+    Scores are not negative, so that they order like their bits; NaN counts as infinity. Bisection on the bits between the least
+    and the greatest finds a threshold with exactly the free places at or above it, or, among equals, a prefix sum breaks the tie.
     WAYS: thresholds tried at a time. One is least work; more are fewer steps, where a program waits for nothing else.
     """
     forced, candidate = free_blocks(o_j, current, NUM_INIT, NUM_LOCAL)
-    bits = tl.where(candidate, tl.maximum(b_score.to(tl.int32, bitcast=True), 0), -1)
+    bits = tl.minimum(tl.maximum(b_score.to(tl.int32, bitcast=True), 0), INFINITY)
+    bits = tl.where(candidate, bits, -1)
     count_forced = tl.sum(forced.to(tl.int32), 0)
     candidates = current + 1 - count_forced
     places = NUM - count_forced
