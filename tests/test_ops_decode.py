@@ -189,6 +189,26 @@ def test_only_batches_with_a_group_for_most_multiprocessors_are_one_launch(
         assert len(one_launch) == launches
 
 
+@pytest.mark.parametrize("path", ["one launch", "four", "a selection of its own"])
+def test_scores_that_are_no_numbers_choose_no_more_blocks_than_there_are_places(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And leave other sequences as they are."""
+    monkeypatch.setattr(group, "DTYPES", (torch.float32,))
+    monkeypatch.setattr(group, "GROUPS", 0 if path == "one launch" else math.inf)
+    if path == "a selection of its own":
+        monkeypatch.setattr(decode, "CHOICE_WIDTH", 0)
+    step = Step(((4, 4, 8, 4, 1, 1, 9), (2, 1, 16, 16), [150, 150], 160, True), DEVICE, torch.float32)
+    want, chosen = step.run("triton")
+    step.q_cmp[0, 0, 0, 0] = math.inf  # NaN for some blocks, nothing for others
+    out, indices = step.run("triton")
+    assert torch.equal(out[1], want[1])
+    assert torch.equal(indices[1], chosen[1])
+    rows = indices[0, :, 0]
+    assert ((rows >= 0) & (rows <= 149 // 8)).all()
+    assert (rows[:, 1:] > rows[:, :-1]).all()
+
+
 TILE_CASES = [
     BATCH,
     ((32, 16, 64, 16, 1, 2, 512), (64, 4, 128, 128), [8_205, 4_097, 77], 8_205, False),

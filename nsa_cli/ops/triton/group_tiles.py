@@ -21,7 +21,6 @@ from nsa_cli.ops.triton.launch import cores
 from nsa_cli.ops.triton.linear_tiles import DTYPES, barrier, load_box, release, wait
 from nsa_cli.ops.triton.overlap import overlap
 from nsa_cli.ops.triton.problem import Problem, next_power_of_2
-from nsa_cli.ops.triton.selection import INFINITY
 
 memory = gl.shared_memory_descriptor
 view = memory.reinterpret if hasattr(memory, "reinterpret") else memory._reinterpret  # as older Tritons have it
@@ -38,6 +37,8 @@ STAGES = 3
 """Tiles on chip at a time."""
 SCORES = 2**11
 """Probabilities of keys that importance adds up at a time: 16 of a thread."""
+INFINITY = gl.constexpr(0x7F800000)
+"""Its bits: the greatest that a score may have, NaN's included."""
 BLOCKS = 2**10
 """Most selection blocks: every thread has a share of all."""
 RATIO = 8

@@ -14,9 +14,6 @@ import triton.language as tl
 
 from nsa_cli.ops.triton.attend import CMP, key_bounds
 
-INFINITY = tl.constexpr(0x7F800000)
-"""Its bits: the greatest that a score may have."""
-
 
 @triton.jit(do_not_specialize=["T0", "T1", "N", "OFFSET", "KEYS", "GRID", "KEY_TILES"])
 def block_importance(
@@ -101,8 +98,8 @@ def top_blocks(
     WAYS: thresholds tried at a time. One is least work; more are fewer steps, where a program waits for nothing else.
     """
     forced, candidate = free_blocks(o_j, current, NUM_INIT, NUM_LOCAL)
-    bits = tl.minimum(tl.maximum(b_score.to(tl.int32, bitcast=True), 0), INFINITY)
-    bits = tl.where(candidate, bits, -1)
+    b_score = tl.minimum(b_score, float("inf"))  # of a number and NaN, the number
+    bits = tl.where(candidate, tl.maximum(b_score.to(tl.int32, bitcast=True), 0), -1)
     count_forced = tl.sum(forced.to(tl.int32), 0)
     candidates = current + 1 - count_forced
     places = NUM - count_forced
