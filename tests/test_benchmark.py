@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from nsa_cli.benchmark import BenchOptions, BenchReport, Figures, Row, cases, load_report, parity, run_bench
+from nsa_cli.benchmark import runner as runner_module
 from nsa_cli.benchmark.dense import Variant, fastest, variants
 from nsa_cli.benchmark.machine import Ceilings, measure_ceilings, settled_threads
 from nsa_cli.benchmark.measuring import Bench
@@ -409,6 +410,26 @@ def test_a_side_that_does_not_fit_into_memory_is_left_out_and_the_report_goes_on
     assert rows["decode attention"].dense is None
     assert rows["decode attention"].sparse.timing is not None
     assert rows["decode"].dense.timing is not None
+
+
+def test_a_length_whose_inputs_do_not_fit_into_memory_is_left_out_and_the_others_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_small_batches(tokens: int, shape: Shape, batch: int, *given: object, **named: object) -> object:
+        if tokens == 56 and batch > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return make_workload(tokens, shape, batch, *given, **named)  # type: ignore[arg-type]
+
+    make_workload = runner_module.make_workload
+    monkeypatch.setattr(runner_module, "make_workload", of_small_batches)
+    asked = options(seq_lens=(40, 56), batch=2, groups=("attention", "branches", "decode"))
+    report = run_bench(asked, CPU)
+    rows = {(row.case, row.seq_len): row for row in report.rows}
+    assert rows["forward", 40].sparse.timing is not None
+    assert rows["forward", 56].note == rows["backward", 56].note == "left out with its inputs: out of memory"
+    assert rows["decode attention", 56].sparse.timing is not None  # one sequence's attention was right
+    assert "56 tokens: branches left out with their inputs: out of memory" in report.notices
+    monkeypatch.setattr(Runner, "_check_one", lambda self, tokens: runner_module.TOO_LARGE)
+    rows = {(row.case, row.seq_len): row for row in run_bench(asked, CPU).rows}
+    assert rows["decode", 56].note == "sparse not timed: out of memory"
 
 
 def test_models_are_not_timed_on_wrong_attention_whose_row_was_too_large(monkeypatch: pytest.MonkeyPatch) -> None:

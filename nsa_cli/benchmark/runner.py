@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from nsa_cli.benchmark.cases import (
     Operator,
@@ -30,6 +32,7 @@ from nsa_cli.model import accounting
 FORWARD, BACKWARD, TRAINING, PREFILL, DECODE = "forward", "backward", "training step", "prefill", "decode"
 STEP = "decode attention"
 TOO_LARGE = "out of memory"
+Made = TypeVar("Made")
 LEAST_RUNS = 2
 """What a side costs at least, in runs: the first one, compared with the reference, and one that is timed."""
 PICK_TOKENS = 2048
@@ -95,8 +98,12 @@ class Runner:
             return ""
         if "attention" not in options.groups:
             return self._check_one(tokens)
-        work = self._workload(tokens, options.batch)
-        block_indices = select(work, self.kernel)
+        inputs = self._fitting(lambda: self._inputs(tokens, options.batch))
+        if inputs is None:
+            for case in (FORWARD, BACKWARD):
+                self._add(case, tokens, None, None, f"left out with its inputs: {TOO_LARGE}")
+            return self._check_one(tokens)
+        work, block_indices = inputs
         fault = selection_parity(work, block_indices)
         whole = sparse_operator(work, self.kernel, block_indices)
         for case in (FORWARD, BACKWARD):
@@ -111,18 +118,25 @@ class Runner:
 
     def _check_one(self, tokens: int) -> str:
         """What is wrong with sparse attention of one sequence, or ""."""
-        work = self._workload(tokens, 1)
-        block_indices = select(work, self.kernel)
-        whole = sparse_operator(work, self.kernel, block_indices)
-        return selection_parity(work, block_indices) or check_forward(self.bench, whole, work.queries)[0].detail
+
+        def check() -> str:
+            work, block_indices = self._inputs(tokens, 1)
+            whole = sparse_operator(work, self.kernel, block_indices)
+            return selection_parity(work, block_indices) or check_forward(self.bench, whole, work.queries)[0].detail
+
+        fault = self._fitting(check)
+        return TOO_LARGE if fault is None else fault
 
     def _branches(self, tokens: int) -> None:
         """A row for each branch of a length that was asked for: last, since they explain the others' figures."""
         options, bench = self.options, self.bench
         if bench.deadline.remaining_s() <= 0:
             return
-        work = self._workload(tokens, options.batch)
-        block_indices = select(work, self.kernel)
+        inputs = self._fitting(lambda: self._inputs(tokens, options.batch))
+        if inputs is None:
+            self.notices.append(f"{tokens:,} tokens: branches left out with their inputs: {TOO_LARGE}")
+            return
+        work, block_indices = inputs
         selection = selection_parity(work, block_indices)
         for case in (FORWARD, BACKWARD):
             for operator in branch_operators(work, self.kernel, block_indices):
@@ -132,9 +146,21 @@ class Runner:
                 figures, note = self._side(name, "sparse", tokens, measure)
                 self._add(name, tokens, None, figures, note)
 
-    def _workload(self, tokens: int, batch: int) -> Workload:
+    def _inputs(self, tokens: int, batch: int) -> tuple[Workload, Tensor]:
+        """Random inputs, and what the kernel selects of them."""
         bench, options = self.bench, self.options
-        return make_workload(tokens, self.shape, batch, options.nsa, device=bench.device, dtype=bench.dtype, seed=options.seed)
+        work = make_workload(tokens, self.shape, batch, options.nsa, device=bench.device, dtype=bench.dtype, seed=options.seed)
+        return work, select(work, self.kernel)
+
+    def _fitting(self, work: Callable[[], Made]) -> Made | None:
+        """What `work` makes, or None where memory does not suffice."""
+        try:
+            return work()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        torch.cuda.empty_cache()  # the error's frames, which held it, are gone
+        return None
 
     def _operator(self, operator: Operator, case: str, work: Workload, fault: str) -> Figures:
         run = measure_forward if case == FORWARD else measure_backward
@@ -211,15 +237,8 @@ class Runner:
         if deadline.remaining_s() <= 0 or not deadline.allows(LEAST_RUNS * run_s):
             return None, f"{label} left out, about {run_s:.0f} s a run: time limit"
         self.progress(f"{tokens:,} tokens: {case}{'' if case.startswith('branch') else ', ' + label}")
-        figures: Figures | None
-        try:
-            figures = work()
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            figures = None
+        figures = self._fitting(work)
         if figures is None:
-            torch.cuda.empty_cache()  # the error's frames, which held it, are gone
             return None, f"{label} left out: {TOO_LARGE}"
         if figures.timing is not None:
             self._seconds[case, label] = tokens, figures.timing.median_s
