@@ -161,7 +161,7 @@ def attend_tile(
 
 @gluon.jit
 def weight(b_max, b_total, gate):
-    """What o counts in the gated output of its branch, and the branch's log-sum-exp: [HEADS]."""
+    """What o counts in the gated output of its branch, and the branch's log-sum-exp: [COLUMNS]."""
     total = gl.sum(b_total, 0)
     lse = gl.where(total > 0, b_max + gl.log2(gl.maximum(total, 1e-30)), float("inf"))
     return gate / gl.where(total > 0, total, float("inf")), lse
