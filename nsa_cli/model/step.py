@@ -1,9 +1,9 @@
 """One decoding step of the whole model through kernels made for it: launches cost more than all that they launch.
 
-The same function as `model(ids, cache=cache)` for one token a row, in six to nine launches a layer: the projections of a layer are
-one product, what lies between them and attention is one kernel, and products of a batch take norms and activations with them.
-Nothing waits for the host, and every launch is the same at every length, so that a CUDA graph can replay it; but for a step in
-which no row completes a block, which leaves compression out.
+The same function as `model(ids, cache=cache)` for one token a row, in six to nine launches a layer: the projections of a layer
+are one product, what lies between them and attention is one kernel, and products of a batch take norms and activations with
+them. Nothing waits for the host, and every launch is the same at every length, so that a CUDA graph can replay it; but for a
+step in which no row completes a block, which leaves compression out.
 """
 
 from __future__ import annotations
