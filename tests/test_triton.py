@@ -105,7 +105,7 @@ def test_chunks_of_units_scores_and_splits_change_nothing(monkeypatch: pytest.Mo
     """Three units a key/value head, taken two at a time: a head is split, and a chunk spans two heads."""
     from nsa_cli.ops.triton import launch
 
-    case = parse("4/2 16 16,16,32 1+1+1 20 257 1 own model f32")
+    case = parse("2/2 16 16,16,32 1+1+1 20 257 1 own model f32")
     a_row = 4 * case.dim * case.heads // case.kv_heads
     chunks, plain, splits = [], launch.Selection.chunks, []
     patched(monkeypatch, **SMALL, PART_BYTES=dict.fromkeys(("forward", "backward"), 2 * 128 * a_row), SCORE_ELEMENTS=2000)
