@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from nsa_cli.benchmark.parity import poisoned
 from nsa_cli.ops.triton import linear_tiles
 from nsa_cli.ops.triton.linear_tiles import CHIP, CHUNK, choose_tile
-from nsa_cli.ops.triton.residual import MOST_TILES, Residual, has_tiles, make_counters
+from nsa_cli.ops.triton.residual import MOST_TILES, Residual, has_tiles, make_counters, multiply
 from tests.inputs import relative_l2
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -70,6 +70,36 @@ def test_tiles_are_pytorchs_at_any_size_on_a_gpu(rows: int) -> None:
     assert max(_errors(rows, 384, 1536, torch.float16, "gelu", False)) < 2e-3
 
 
+def _set_errors(sets: int, rows: int, inner: int, columns: int, dtype: torch.dtype) -> list[float]:
+    """Of gelu(x w^T) of each of several products at once; asserts that a second time gives the same bits."""
+    torch.manual_seed(rows)
+    x = torch.randn(sets, rows, inner, device=DEVICE).to(dtype)
+    w = (torch.randn(sets, columns, inner, device=DEVICE) * inner**-0.5).to(dtype)
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()  # weights are read before the kernel launched last is done
+    counters = make_counters(x.device)
+    with poisoned(torch.device(DEVICE)):
+        got, again = (multiply(x, w, act="gelu", counters=counters) for _ in "ab")
+    assert torch.equal(got, again)
+    assert not counters.any()
+    want = F.gelu(x.double() @ w.double().mT)
+    return [relative_l2(a, b) for a, b in zip(got, want, strict=True)]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 6])
+def test_several_products_at_once_are_each_its_own(rows: int) -> None:
+    assert max(_set_errors(3, rows, 40, 24, torch.float32)) < 1e-5
+
+
+@pytest.mark.gpu
+@needs_tiles
+@pytest.mark.parametrize("rows", [2, 5, 40, 128])
+def test_several_products_at_once_are_each_its_own_by_tiles_on_a_gpu(rows: int) -> None:
+    assert max(_set_errors(2, rows, 2048, 64, torch.bfloat16)) < 6e-3
+    assert max(_set_errors(2, rows, 72, 40, torch.bfloat16)) < 6e-3
+    assert max(_set_errors(3, rows, 1000, 264, torch.float16)) < 2e-3
+
+
 @pytest.mark.gpu
 @needs_tiles
 def test_counters_are_zeros_again_behind_shared_sums_on_a_gpu() -> None:
@@ -85,12 +115,12 @@ def test_counters_are_zeros_again_behind_shared_sums_on_a_gpu() -> None:
 
 @given(
     rows=st.integers(1, 128), inner=st.integers(1, 2**15), columns=st.integers(1, 2**18), gated=st.booleans(),
-    cores=st.sampled_from([78, 132]),
+    cores=st.sampled_from([78, 132]), sets=st.integers(1, 2),
 )  # fmt: skip
 def test_a_tile_fits_on_a_chip_and_covers_the_inner_dimension(
-    rows: int, inner: int, columns: int, gated: bool, cores: int
+    rows: int, inner: int, columns: int, gated: bool, cores: int, sets: int
 ) -> None:
-    tile = choose_tile(rows, inner, columns, gated, cores)
+    tile = choose_tile(rows, inner, columns, gated, cores, sets)
     if tile is None:
         return
     chunks = -(-inner // (tile.splits * CHUNK))
@@ -99,7 +129,7 @@ def test_a_tile_fits_on_a_chip_and_covers_the_inner_dimension(
     assert tile.stages >= min(chunks, 2)
     assert tile.splits * chunks * CHUNK >= inner
     assert 64 in (tile.rows, tile.columns)  # what the product's left side has
-    assert -(-columns // tile.columns) * -(-rows // tile.rows) <= MOST_TILES
+    assert sets * -(-columns // tile.columns) * -(-rows // tile.rows) <= MOST_TILES
 
 
 def test_other_sizes_are_left_to_other_ways() -> None:

@@ -7,7 +7,6 @@ key/value heads of a layer (but for `grouped-mlp`) and separate for keys and val
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +14,8 @@ from torch.nn import functional as F
 
 from nsa_cli.config import NSAConfig
 
-Multiply = Callable[[Tensor, Tensor, str | None], Tensor]
-"""x [rows, k], weight [n, k], "gelu" or None -> act(x weight^T)."""
+Product = tuple[Tensor, str | None]
+"""weight [n, k] and "gelu" or None: act(x weight^T)."""
 
 
 def windows(x: Tensor, config: NSAConfig, starts: Tensor | None = None) -> Tensor:
@@ -51,9 +50,10 @@ class Compression(nn.Module):
     def phi(self, x: Tensor) -> Tensor:
         """[.., g, c, l, d] -> [.., g, c, d]."""
 
-    def phi_by(self, multiply: Multiply, x: Tensor) -> Tensor:
-        """phi of contiguous x, its products of matrices by `multiply`, where it is made of such."""
-        return self.phi(x)
+    def products(self) -> list[Product]:
+        """What phi does to vec(x), one after another, where it is made of products with the same matrices for every head;
+        none otherwise."""
+        return []
 
     @abstractmethod
     def fused(self, x: Tensor, starts: Tensor | None) -> Tensor:
@@ -123,8 +123,8 @@ class Linear(Positioned):
     def phi(self, x: Tensor) -> Tensor:
         return F.linear(x.flatten(-2), self.w)
 
-    def phi_by(self, multiply: Multiply, x: Tensor) -> Tensor:
-        return multiply(x.view(-1, self.w.shape[1]), self.w, None).view(*x.shape[:-2], -1)
+    def products(self) -> list[Product]:
+        return [(self.w, None)]
 
 
 class MLP(Positioned):
@@ -139,9 +139,8 @@ class MLP(Positioned):
     def phi(self, x: Tensor) -> Tensor:
         return F.linear(F.gelu(F.linear(x.flatten(-2), self.w1)), self.w2)
 
-    def phi_by(self, multiply: Multiply, x: Tensor) -> Tensor:
-        y = multiply(x.view(-1, self.w1.shape[1]), self.w1, "gelu")
-        return multiply(y, self.w2, None).view(*x.shape[:-2], -1)
+    def products(self) -> list[Product]:
+        return [(self.w1, "gelu"), (self.w2, None)]
 
 
 class Gated(Positioned):

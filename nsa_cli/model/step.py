@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from nsa_cli.config import NSAConfig
 from nsa_cli.model.attention import DenseAttention
 from nsa_cli.model.cache import Cache, LayerCache
-from nsa_cli.model.compress import Positioned
+from nsa_cli.model.compress import Positioned, Product
 from nsa_cli.model.nsa import SparseAttention
 from nsa_cli.model.transformer import NORM_EPS, Block, Transformer
 from nsa_cli.ops.decode import fits
@@ -56,14 +56,11 @@ class Step:
         self.sets = 3 if model.config.nsa is not None and model.config.nsa.branch_kv == "independent" else 1
         with torch.no_grad():
             self.weights = [torch.cat([layer.weight for layer in _projections(block)]) for block in self._blocks()]
+            self.products = [_products(block) for block in self._blocks()]
         self.counters = make_counters(model.device)
 
     def _blocks(self) -> list[Block]:
         return [cast(Block, block) for block in self.model.layers]
-
-    def _layers(self) -> list[tuple[Tensor, Block]]:
-        """Every layer's projections, side by side, and itself."""
-        return list(zip(self.weights, self._blocks(), strict=True))
 
     def completes(self, cache: Cache) -> bool:
         """Whether the next token completes a compressed block in some row, as the host knows it."""
@@ -95,22 +92,18 @@ class Step:
         norms.append(model.norm.weight)
         x, at = begin(ids, model.token_emb.weight, cache.lengths, norms, NORM_EPS, self.counters)
         turns = model.rotary.turns(ids.device)
-        for (weight, block), layer in zip(self._layers(), cache.layers, strict=True):
+        for weight, products, block, layer in zip(self.weights, self.products, self._blocks(), cache.layers, strict=True):
             projected = x.project(weight)
             if nsa is None:
                 out = self._dense(cast(DenseAttention, block.attn), projected, turns, at, layer)
             else:
-                out = self._sparse(cast(SparseAttention, block.attn), nsa, projected, turns, at, layer, blocks)
+                attn = cast(SparseAttention, block.attn)
+                out = self._sparse(attn, nsa, projected, turns, at, layer, products if blocks else None)
             x.add(out.flatten(1), block.attn.to_out.weight)
             ff = block.ff
             x.add(x.project(ff.w1.weight, act=act, gate_weight=None if ff.w3 is None else ff.w3.weight), ff.w2.weight)
         weight = model.token_emb.weight if model.to_logits is None else model.to_logits.weight
         return x.project(weight, out=torch.empty(len(ids), len(weight), dtype=torch.float32, device=ids.device))
-
-    def _multiply(self, x: Tensor, weight: Tensor, act: str | None) -> Tensor:
-        from nsa_cli.ops.triton.residual import multiply
-
-        return multiply(x, weight, act=act, counters=self.counters)
 
     def _dense(self, attn: DenseAttention, projected: Tensor, turns: Tensor, at: Tensor, layer: LayerCache) -> Tensor:
         from nsa_cli.ops.triton.append import Places, append
@@ -122,10 +115,12 @@ class Step:
 
     def _sparse(
         self, attn: SparseAttention, nsa: NSAConfig, projected: Tensor, turns: Tensor, at: Tensor, layer: LayerCache,
-        blocks: bool,
+        products: list[Product] | None,
     ) -> Tensor:  # fmt: skip
+        """products: None if no row's token completes a block."""
         from nsa_cli.ops.triton.append import Places, append, store_blocks
         from nsa_cli.ops.triton.decode import decode_attention
+        from nsa_cli.ops.triton.residual import multiply
 
         held = layer.buffers.get
         k, v, k_cmp, v_cmp = (layer.buffers[name] for name in ("k_slc", "v_slc", "k_cmp", "v_cmp"))
@@ -135,13 +130,19 @@ class Step:
         pos = None
         if isinstance(networks[0], Positioned) and isinstance(networks[1], Positioned):
             pos = (networks[0].pos, networks[1].pos)
-        blocks = blocks and k_cmp.shape[2] > 0
+        blocks = products is not None and k_cmp.shape[2] > 0
         q, gates, raw = append(
             projected, turns, at, places, heads=attn.heads, sets=self.sets, config=nsa, bias=attn.to_gates.bias, pos=pos,
             blocks=blocks,
         )  # fmt: skip
         if blocks:
-            k_new, v_new = (network.phi_by(self._multiply, x) for network, x in zip(networks, raw, strict=True))
+            if products:
+                new = raw.view(2, -1, products[0][0].shape[-1])
+                for weight, act in products:
+                    new = multiply(new, weight, act=act, counters=self.counters)
+                k_new, v_new = new.view(*raw.shape[:4], -1)
+            else:
+                k_new, v_new = (network.phi(x) for network, x in zip(networks, raw, strict=True))
             store_blocks(k_new, v_new, k_cmp, v_cmp, at, nsa, turns if nsa.compress_rope == "block" else None)
         unturned = projected[:, : attn.heads * q.shape[-1]].view(*q.shape)
         out, _ = decode_attention(
@@ -149,6 +150,15 @@ class Step:
             v_win=v_win, scale=q.shape[-1] ** -0.5, early=True,
         )  # fmt: skip
         return out
+
+
+def _products(block: Block) -> list[Product]:
+    """Of both networks at once, weights [2, n, k], where they are made of products."""
+    attn = block.attn
+    if not isinstance(attn, SparseAttention):
+        return []
+    pairs = zip(attn.compress_k.products(), attn.compress_v.products(), strict=True)
+    return [(torch.stack([k, v]), act) for (k, act), (v, _) in pairs]
 
 
 def _projections(block: Block) -> list[torch.nn.Linear]:

@@ -172,20 +172,20 @@ class Places:
 def append(
     x: Tensor, turns: Tensor, at: Tensor, places: Places, *, heads: int, sets: int, config: NSAConfig | None,
     bias: Tensor | None = None, pos: tuple[Tensor, Tensor] | None = None, blocks: bool = False,
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Puts one token a sequence into its places.
 
     x: projections [b, P] of q, k and v (`sets` of each, one after another) and, sparse, gates [b, heads 3] before `bias`.
     turns: `Rotary.turns` [d / 2 + 1]. at: the tokens' positions, int64 [b]. blocks: whether a row's token may complete a
     block, whose l raw tokens, with pos ([g, l, d] of keys and of values) added, are then gathered.
-    Returns q turned [b, heads, 1, d], gates [b, heads, 1, 3] and the raw blocks of keys and values [b, g, 1, l, d], of rows that
-    complete none without meaning. Sparse gates alone have a meaning.
+    Returns q turned [b, heads, 1, d], gates [b, heads, 1, 3] and the raw blocks of keys and values [2, b, g, 1, l, d], of rows
+    that complete none without meaning. Sparse gates alone have a meaning.
     """
     (b, g, capacity, d), device = places.k.shape, x.device
     length = 1 if config is None else config.compress_block
     q = torch.empty(b, heads, 1, d, dtype=x.dtype, device=device)
     gates = torch.empty(b, heads, 1, 3, dtype=x.dtype, device=device) if config is not None else q
-    raw = [torch.empty(b, g, 1, length, d, dtype=x.dtype, device=device) if blocks else q for _ in "kv"]
+    raw = torch.empty(2, b if blocks else 0, g, 1, length, d, dtype=x.dtype, device=device)
     rings = [q if ring is None else ring for ring in (places.k_win, places.v_win, places.k_raw, places.v_raw)]
     k_pos, v_pos = (q, q) if pos is None else pos
     slots = heads + 2 * sets * g + (config is not None)
@@ -197,7 +197,7 @@ def append(
         WINDOW=1 if config is None else config.window, BLOCKS=blocks, POSITIONED=pos is not None,
         num_warps=4 if blocks else 1, **overlap(device),
     )  # fmt: skip
-    return q, gates, (raw[0], raw[1])
+    return q, gates, raw
 
 
 def store_blocks(

@@ -9,6 +9,7 @@ reads all of x.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -35,8 +36,12 @@ def linear_rows(
     p_x, p_w, p_gate, p_norm, p_add, p_out, eps, ROWS: tl.constexpr, K: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """BN columns of out = act(n w^T) [* n gate^T] [+ add], n = x or norm * x / sqrt(mean x^2 + eps). BK: K, rounded up."""
+    """BN columns of out = act(n w^T) [* n gate^T] [+ add], n = x or norm * x / sqrt(mean x^2 + eps). BK: K, rounded up.
+
+    The grid's second axis: sets of x, w and out, each behind the one before."""
     release(OVERLAP)
+    i_set = tl.program_id(1).to(tl.int64)
+    p_x, p_w, p_out = p_x + i_set * (ROWS * K), p_w + i_set * (N * K), p_out + i_set * (ROWS * N)
     o_n, o_k = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
     m_n = o_n < N
     m_k = (o_k < K)[None, :]
@@ -97,17 +102,20 @@ def linear(
     """y = act(n weight^T) [* n gate_weight^T] [+ add], with n = x, or with `norm` RMSNorm's norm * x / sqrt(mean x^2 + eps).
 
     x [rows, k]; weight, gate_weight [n, k]; norm [k]; add [rows, n]; out [rows, n] of any dtype, which may be add, but not x.
-    act: "gelu", "silu", or none. All contiguous; sums and all between them are float32, and only y is rounded. Weights and
-    norm are read before the kernel launched last is done: it must not write them.
+    Or several products at once, of nothing but x [sets, rows, k] and weight [sets, n, k]. act: "gelu", "silu", or none. All
+    contiguous; sums and all between them are float32, and only y is rounded. Weights and norm are read before the kernel
+    launched last is done: it must not write them.
     """
-    (rows, inner), columns, device = x.shape, weight.shape[0], x.device
-    out = x.new_empty(rows, columns) if out is None else out
+    (*sets, rows, inner), columns, device = x.shape, weight.shape[-2], x.device
+    assert not sets or (gate_weight is None and norm is None and add is None)
+    many = math.prod(sets)
+    out = x.new_empty(*sets, rows, columns) if out is None else out
     tensors = (x, weight, weight if gate_weight is None else gate_weight, x if norm is None else norm)
     tensors = (*tensors, out if add is None else add, out)
     assert all(tensor.is_contiguous() for tensor in tensors)
     assert out.data_ptr() != x.data_ptr()  # whose columns all programs read
-    tile = choose_tile(rows, inner, columns, device) if tile is None else tile
-    linear_rows[(cdiv(columns, tile.columns),)](
+    tile = choose_tile(rows, inner, many * columns, device) if tile is None else tile
+    linear_rows[(cdiv(columns, tile.columns), many)](
         *tensors, eps, ROWS=rows, K=inner, N=columns, BN=tile.columns, BK=next_power_of_2(inner), NORM=norm is not None, ACT=act,
         GATED=gate_weight is not None, ADD=add is not None, num_warps=tile.warps, **overlap(device),
     )  # fmt: skip

@@ -13,6 +13,7 @@ which the next product's rows are divided.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +73,7 @@ def linear_tiles_kernel(
 
     SWAP: the product is w x^T, since its first side has 64 rows. SPLITS: programs that share a tile's inner dimension; the
     last that is done adds up all parts in their order. NEXT: next = norm * out, and the sums of squares of out's tile.
+    The grid's last axis: sets of x, w and out, each behind the one before.
     """
     if OVERLAP:
         release()
@@ -89,6 +91,9 @@ def linear_tiles_kernel(
     gl.static_assert(TM == 64)
     i_tile, i_split = gl.program_id(0) // SPLITS, gl.program_id(0) % SPLITS
     m0, n0, k0 = gl.program_id(1) * BM, i_tile * BN, i_split * (CHUNKS * BK)
+    i_set = gl.program_id(2)
+    x0, w0 = i_set * rows + m0, i_set * N + n0  # what a box has of the next set is not stored
+    p_out += i_set.to(gl.int64) * rows * N
     s_w = gl.allocate_shared_memory(d_w.dtype, [CHUNKS, BN, BK], d_w.layout)
     s_x = gl.allocate_shared_memory(d_w.dtype, [RING, BM, BK], d_x.layout)
     full_w = gl.allocate_shared_memory(gl.int64, [CHUNKS, 1], mbarrier.MBarrierLayout())
@@ -102,9 +107,9 @@ def linear_tiles_kernel(
         if GATED:
             mbarrier.init(full_gate.index(i), count=1)
     fence_async_shared()
-    load_all(d_w, s_w, full_w, n0, k0, CHUNKS, BK)
+    load_all(d_w, s_w, full_w, w0, k0, CHUNKS, BK)
     if GATED:
-        load_all(d_gate, s_gate, full_gate, n0, k0, CHUNKS, BK)
+        load_all(d_gate, s_gate, full_gate, w0, k0, CHUNKS, BK)
     o_r, o_c = gl.arange(0, BM, layout=gl.SliceLayout(1, flat)), n0 + gl.arange(0, BN, layout=gl.SliceLayout(0, flat))
     o_y = gl.expand_dims(m0 + o_r, 1) * N + gl.expand_dims(o_c, 0)
     m_y = gl.expand_dims(m0 + o_r < rows, 1) & gl.expand_dims(o_c < N, 0)
@@ -114,7 +119,7 @@ def linear_tiles_kernel(
         wait()
     for i in gl.static_range(RING):
         mbarrier.expect(full_x.index(i), d_x.block_type.nbytes)
-        load_box(d_x, [m0, k0 + i * BK], full_x.index(i), s_x.index(i))
+        load_box(d_x, [x0, k0 + i * BK], full_x.index(i), s_x.index(i))
     if SCALED:
         o_part, o_lane = gl.arange(0, PARTS_UP, layout=gl.SliceLayout(1, down)), gl.arange(0, BM, layout=gl.SliceLayout(0, down))
         m_squares = gl.expand_dims(o_part < parts, 1) & gl.expand_dims(m0 + o_lane < rows, 0)
@@ -145,7 +150,7 @@ def linear_tiles_kernel(
                 acc = warpgroup_mma_wait(1, [acc])
             barrier()
             mbarrier.expect(full_x.index(i - 1 + RING), d_x.block_type.nbytes)
-            load_box(d_x, [m0, k0 + (i - 1 + RING) * BK], full_x.index(i - 1 + RING), s_x.index((i - 1) % RING))
+            load_box(d_x, [x0, k0 + (i - 1 + RING) * BK], full_x.index(i - 1 + RING), s_x.index((i - 1) % RING))
     if GATED:
         acc, acc_gate = warpgroup_mma_wait(0, [acc, acc_gate])
     else:
@@ -157,7 +162,8 @@ def linear_tiles_kernel(
     last = True
     if SPLITS > 1:
         SIZE: gl.constexpr = BM * BN * (2 if GATED else 1)
-        i_all = i_tile * gl.num_programs(1) + gl.program_id(1)
+        TILES: gl.constexpr = (N + BN - 1) // BN
+        i_all = (i_set * TILES + i_tile) * gl.num_programs(1) + gl.program_id(1)
         p_own = p_part + i_all.to(gl.int64) * (SPLITS * SIZE) + gl.expand_dims(o_r, 1) * BN + gl.expand_dims(o_c - n0, 0)
         gl.store(p_own + i_split * SIZE, b_y, mask=m_y)
         if GATED:
@@ -200,14 +206,14 @@ class Tile:
     stages: int
 
 
-def choose_tile(rows: int, inner: int, columns: int, gated: bool, cores: int) -> Tile | None:
+def choose_tile(rows: int, inner: int, columns: int, gated: bool, cores: int, sets: int = 1) -> Tile | None:
     """None where a BLAS library is faster: more programs than multiprocessors, or than two for each of up to 32 rows."""
     shapes = [(64, 32, 2**16), (64, 32, 2**17)] if rows > 32 else []
     shapes += [(high, 64, 2**17) for high in (64, 32, 16, 8) if high < 2 * rows or high == 8]
     for high, wide, held in shapes:  # bytes of weights
         a_chunk = wide * CHUNK * 2 * (1 + gated)
         splits = cdiv(inner, CHUNK * (held // a_chunk))
-        programs = cdiv(columns, wide) * cdiv(rows, high) * splits
+        programs = sets * cdiv(columns, wide) * cdiv(rows, high) * splits
         if programs > (2 if rows <= 32 else 1) * cores:
             continue
         if programs >= cores // 5 or high == 8:
@@ -218,13 +224,13 @@ def choose_tile(rows: int, inner: int, columns: int, gated: bool, cores: int) ->
 
 def find_tile(x: Tensor, weight: Tensor, gate_weight: Tensor | None) -> Tile | None:
     """The tile for x weight^T, None if `linear_tiles` cannot or should not do it."""
-    rows, inner = x.shape
+    *sets, rows, inner = x.shape
     if not LEAST_ROWS <= rows <= MOST_ROWS or x.dtype not in DTYPES or inner % 8 != 0:
         return None
     given = (x, weight, x if gate_weight is None else gate_weight)
     if any(tensor.data_ptr() % 16 != 0 for tensor in given):  # rows must be fit for the copy engine
         return None
-    return choose_tile(rows, inner, len(weight), gate_weight is not None, cores(x.device))
+    return choose_tile(rows, inner, weight.shape[-2], gate_weight is not None, cores(x.device), math.prod(sets))
 
 
 def linear_tiles(
@@ -235,25 +241,28 @@ def linear_tiles(
     """y = act(s x weight^T) [* s x gate_weight^T] [+ add], s = 1, or with squares [parts, rows] 1 / sqrt(sum / k + eps).
 
     x [rows, k]; weight, gate_weight [n, k]; add [rows, n]; out [rows, n] of any dtype, which may be add, but not x. With norm
-    [n] also what the next product takes. counters: int32 zeros, one a tile at least, of this call and of those that follow it on
-    the same stream; zeros again behind each. Weights and norm are read before the kernel launched last is done.
+    [n] also what the next product takes. Or several products at once, of nothing but x [sets, rows, k] and weight [sets, n, k].
+    counters: int32 zeros, one a tile at least, of this call and of those that follow it on the same stream; zeros again behind
+    each. Weights and norm are read before the kernel launched last is done.
     """
-    (rows, inner), columns, device = x.shape, weight.shape[0], x.device
-    out = x.new_empty(rows, columns) if out is None else out
+    (*sets, rows, inner), columns, device = x.shape, weight.shape[-2], x.device
+    assert not sets or all(other is None for other in (squares, gate_weight, add, norm))
+    many = math.prod(sets)
+    out = x.new_empty(*sets, rows, columns) if out is None else out
     assert all(tensor.is_contiguous() for tensor in (x, weight, out, gate_weight, add) if tensor is not None)
     assert out.data_ptr() != x.data_ptr()  # whose columns all programs read
     tiles, high = cdiv(columns, tile.columns), cdiv(rows, tile.rows)
-    assert tiles * high <= len(counters)
+    assert many * tiles * high <= len(counters)
     ahead = None
     if norm is not None:
         ahead = Ahead(x.new_empty(rows, columns), torch.empty(tiles, rows, dtype=torch.float32, device=device))
     part = out
     if tile.splits > 1:
-        size = tiles * high * tile.splits * tile.rows * tile.columns * (1 if gate_weight is None else 2)
+        size = many * tiles * high * tile.splits * tile.rows * tile.columns * (1 if gate_weight is None else 2)
         part = torch.empty(size, dtype=torch.float32, device=device)
     parts = 1 if squares is None else len(squares)
     d_w = _boxes(weight, tile.columns)
-    linear_tiles_kernel[(tiles * tile.splits, high)](
+    linear_tiles_kernel[(tiles * tile.splits, high, many)](
         _boxes(x, tile.rows), d_w, d_w if gate_weight is None else _boxes(gate_weight, tile.columns),
         out if squares is None else squares, out if add is None else add, out, out if norm is None else norm,
         out if ahead is None else ahead.scaled, out if ahead is None else ahead.squares, part, counters, rows, parts, eps,
@@ -266,5 +275,6 @@ def linear_tiles(
 
 def _boxes(x: Tensor, rows: int) -> TensorDescriptor:
     """x [.., k] in boxes of rows x CHUNK, zeros outside."""
+    x = x.view(-1, x.shape[-1])
     layout = gl.NVMMASharedLayout.get_default_for([rows, CHUNK], DTYPES[x.dtype])
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, CHUNK], layout)

@@ -108,15 +108,16 @@ def begin(
 
 
 def multiply(x: Tensor, weight: Tensor, *, act: str | None, counters: Tensor) -> Tensor:
-    """act(x weight^T), x [rows, k], weight [n, k], by the same kernels; act, counters and what is read early: `linear_tiles`."""
+    """act(x weight^T), x [.., rows, k], weight [.., n, k], by the same kernels; act, counters and what is read early:
+    `linear_tiles`."""
     tile = find_tile(x, weight)
     if tile is not None:
         from nsa_cli.ops.triton.linear_tiles import linear_tiles
 
         return linear_tiles(x, weight, tile, counters=counters, act=act)[0]
-    if can_multiply(len(x), x.shape[1], x.dtype):
+    if can_multiply(x.shape[-2], x.shape[-1], x.dtype):
         return linear(x, weight, act=act)
-    return _activated(F.linear(x, weight), act)
+    return _activated(x @ weight.mT, act)
 
 
 def _activated(y: Tensor, act: str | None) -> Tensor:
