@@ -319,8 +319,7 @@ def _checked(path: Path, handle: Any, metadata: dict[str, Any]) -> CheckpointInf
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of the model, without its memory."""
-    with torch.device("meta"):
-        model = build_model(config, device="meta", kernel="torch")
+    model = build_model(config, device="meta", kernel="torch")
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.command_line import ROOT, environment
+from tests.command_line import ROOT, environment, write_checkpoint
 
 PACKAGE = ROOT / "nsa_cli"
 WINGS = ("training", "generation", "benchmark", "inspection")
@@ -138,3 +138,16 @@ def test_help_loads_no_torch_numpy_triton_or_rotary_package() -> None:
     )
     assert result.returncode == 0, result.stderr
     assert all(command in result.stdout for command in ("train", "sample", "bench", "inspect"))
+
+
+def test_sampling_and_inspecting_on_a_cpu_load_no_compiler(tmp_path: Path) -> None:
+    checkpoint = str(write_checkpoint(tmp_path / "ckpt.safetensors"))
+    for command in (["sample", checkpoint, "--max-tokens", "2"], ["inspect", checkpoint]):
+        program = (
+            "import sys\nfrom nsa_cli.cli.app import run\n"
+            f"assert run({[*command, '--device', 'cpu']!r}) == 0\n"
+            "heavy = [name for name in ('torch._dynamo', 'torch._inductor', 'sympy', 'triton') if name in sys.modules]\n"
+            "assert not heavy, heavy\n"
+        )
+        result = subprocess.run([sys.executable, "-c", program], capture_output=True, input=b"hi", env=environment(), cwd=ROOT)
+        assert result.returncode == 0, result.stderr.decode()

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from nsa_cli.config import ModelConfig
 from nsa_cli.model.transformer import Transformer
 from nsa_cli.ops.dispatch import kernel_refusal, resolve_kernel
+
+
+class _Undrawn(TorchFunctionMode):
+    """Weights stay as they are: the meta device's have no numbers, and drawing them would load torch's compiler."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        if func is nn.init.normal_:
+            return args[0] if args else named["tensor"]
+        return func(*args, **named)
 
 
 def build_model(
@@ -32,8 +50,9 @@ def build_model(
         if refusal is not None and kernel != "auto":
             raise refusal
         name = "torch" if refusal is not None else name
-    with torch.device("meta" if device.type == "meta" else "cpu"):
+    meta = device.type == "meta"
+    with torch.device("meta" if meta else "cpu"), _Undrawn() if meta else nullcontext():
         model = Transformer(config, name)
-    if device.type != "meta":
+    if not meta:
         model.rotary.to(device)
     return model.to(device=device if weights_device is None else weights_device, dtype=dtype)

@@ -28,8 +28,8 @@ def windows(x: Tensor, config: NSAConfig, starts: Tensor | None = None) -> Tenso
     return x.unfold(2, length, config.compress_stride).transpose(-1, -2)
 
 
-def _weight(*shape: int, fan_in: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(*shape) * fan_in**-0.5)
+def _drawn(*shape: int, std: float, mean: float = 0.0) -> nn.Parameter:
+    return nn.Parameter(nn.init.normal_(torch.empty(*shape), mean, std))
 
 
 class Compression(nn.Module):
@@ -77,7 +77,7 @@ class Positioned(Compression):
 
     def __init__(self, config: NSAConfig, kv_heads: int, dim_head: int) -> None:
         super().__init__(config, kv_heads, dim_head)
-        self.pos = nn.Parameter(torch.randn(kv_heads, config.compress_block, dim_head) * 0.02)
+        self.pos = _drawn(kv_heads, config.compress_block, dim_head, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.phi(x + self.pos[:, None])
@@ -93,7 +93,7 @@ class AttentionPool(Positioned):
 
     def __init__(self, config: NSAConfig, kv_heads: int, dim_head: int) -> None:
         super().__init__(config, kv_heads, dim_head)
-        self.a = _weight(dim_head, fan_in=dim_head)
+        self.a = _drawn(dim_head, std=dim_head**-0.5)
 
     def phi(self, x: Tensor) -> Tensor:
         weights = (x @ self.a).softmax(-1)
@@ -106,7 +106,7 @@ class Conv(Positioned):
     def __init__(self, config: NSAConfig, kv_heads: int, dim_head: int) -> None:
         super().__init__(config, kv_heads, dim_head)
         length = config.compress_block
-        self.w = nn.Parameter((1 + 0.1 * torch.randn(length, dim_head)) / length)
+        self.w = _drawn(length, dim_head, mean=1 / length, std=0.1 / length)
 
     def phi(self, x: Tensor) -> Tensor:
         return (x * self.w).sum(-2)
@@ -118,7 +118,7 @@ class Linear(Positioned):
     def __init__(self, config: NSAConfig, kv_heads: int, dim_head: int) -> None:
         super().__init__(config, kv_heads, dim_head)
         width = config.compress_block * dim_head
-        self.w = _weight(dim_head, width, fan_in=width)
+        self.w = _drawn(dim_head, width, std=width**-0.5)
 
     def phi(self, x: Tensor) -> Tensor:
         return F.linear(x.flatten(-2), self.w)
@@ -133,8 +133,8 @@ class MLP(Positioned):
     def __init__(self, config: NSAConfig, kv_heads: int, dim_head: int) -> None:
         super().__init__(config, kv_heads, dim_head)
         width = config.compress_block * dim_head
-        self.w1 = _weight(dim_head, width, fan_in=width)
-        self.w2 = _weight(dim_head, dim_head, fan_in=dim_head)
+        self.w1 = _drawn(dim_head, width, std=width**-0.5)
+        self.w2 = _drawn(dim_head, dim_head, std=dim_head**-0.5)
 
     def phi(self, x: Tensor) -> Tensor:
         return F.linear(F.gelu(F.linear(x.flatten(-2), self.w1)), self.w2)
@@ -148,7 +148,7 @@ class Gated(Positioned):
 
     def __init__(self, config: NSAConfig, kv_heads: int, dim_head: int) -> None:
         super().__init__(config, kv_heads, dim_head)
-        self.w = _weight(dim_head, dim_head, fan_in=dim_head)
+        self.w = _drawn(dim_head, dim_head, std=dim_head**-0.5)
 
     def phi(self, x: Tensor) -> Tensor:
         return (x * F.linear(x, self.w).sigmoid()).mean(-2)
@@ -160,8 +160,8 @@ class GroupedMLP(Positioned):
     def __init__(self, config: NSAConfig, kv_heads: int, dim_head: int) -> None:
         super().__init__(config, kv_heads, dim_head)
         width = config.compress_block * dim_head
-        self.w1 = _weight(kv_heads, dim_head, width, fan_in=width)
-        self.w2 = _weight(kv_heads, dim_head, dim_head, fan_in=dim_head)
+        self.w1 = _drawn(kv_heads, dim_head, width, std=width**-0.5)
+        self.w2 = _drawn(kv_heads, dim_head, dim_head, std=dim_head**-0.5)
 
     def phi(self, x: Tensor) -> Tensor:
         return F.gelu(x.flatten(-2) @ self.w1.mT) @ self.w2.mT

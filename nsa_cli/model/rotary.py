@@ -17,12 +17,14 @@ from rotary_embedding_torch.rotary_embedding_torch import RotaryEmbedding, rotat
 from torch import Tensor
 
 
-@torch.library.custom_op("nsa::cos_sin", mutates_args=())
 def _cos_sin(angles: Tensor) -> Tensor:
     return torch.stack((angles.cos(), angles.sin()))
 
 
-@_cos_sin.register_fake
+_cos_sin_op = torch.library.custom_op("nsa::cos_sin", _cos_sin, mutates_args=())
+
+
+@_cos_sin_op.register_fake
 def _(angles: Tensor) -> Tensor:
     return angles.new_empty(2, *angles.shape)
 
@@ -59,7 +61,8 @@ class Rotary:
 
     def cos_sin(self, positions: Tensor) -> Tensor:
         """Integer positions [..] -> float32 cosines and sines [2, .., d] of their angles."""
-        both: Tensor = _cos_sin(self.angles(positions))
+        make = _cos_sin_op if torch.compiler.is_compiling() else _cos_sin  # calling the operator loads the compiler
+        both: Tensor = make(self.angles(positions))
         return both
 
 

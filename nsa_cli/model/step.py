@@ -13,7 +13,6 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from nsa_cli.config import NSAConfig
 from nsa_cli.model.attention import DenseAttention
@@ -27,7 +26,11 @@ from nsa_cli.ops.decode import fits
 def can_step(model: Transformer) -> bool:
     """Whether `Step` does the model's steps: on a CUDA GPU, sparse ones with Triton's kernels, in the weights' own precision,
     with nobody who watches the layers."""
-    if model.device.type != "cuda" or isinstance(model, FSDPModule):  # whose passes gather weights from other processes
+    if model.device.type != "cuda":
+        return False
+    from torch.distributed.fsdp import FSDPModule  # a second to load
+
+    if isinstance(model, FSDPModule):  # whose passes gather weights from other processes
         return False
     if torch.is_autocast_enabled("cuda") or importlib.util.find_spec("triton") is None:
         return False

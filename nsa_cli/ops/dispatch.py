@@ -110,7 +110,7 @@ def compressed_attention(
         return torch.cat([out for out, _ in parts], 2), torch.cat([indices for _, indices in parts], 2)
     if positions is None:
         _check_blocks(k_cmp, config.num_compressed(q.shape[2]), q.shape[2])
-    return torch_backend.compressed_attention(q, k_cmp, v_cmp, config, scale=scale, positions=positions)
+    return _torch().compressed_attention(q, k_cmp, v_cmp, config, scale=scale, positions=positions)
 
 
 def selected_attention(
@@ -150,7 +150,7 @@ def selected_attention(
         return torch.cat(parts, 2)
     if name == "flex" and positions is None:
         return flex.selected_attention(q, k, v, block_indices, config, scale=scale)
-    return torch_backend.selected_attention(q, k, v, block_indices, config, scale=scale, positions=positions)
+    return _torch().selected_attention(q, k, v, block_indices, config, scale=scale, positions=positions)
 
 
 def window_attention(
@@ -182,7 +182,7 @@ def window_attention(
         return torch.cat(parts, 2)
     if name == "flex" and positions is None:
         return flex.window_attention(q, k, v, config, scale=scale)
-    return torch_backend.window_attention(q, k, v, config, scale=scale, positions=positions)
+    return _torch().window_attention(q, k, v, config, scale=scale, positions=positions)
 
 
 def nsa_attention(
@@ -278,6 +278,14 @@ def nsa_attention_and_selection(
     )
     g_cmp, g_slc, g_win = gates.unsqueeze(-1).unbind(-2)
     return (g_cmp * o_cmp + g_slc * o_slc + g_win * o_win).to(q.dtype), block_indices
+
+
+def _torch() -> ModuleType:
+    if torch.compiler.is_compiling():
+        from nsa_cli.ops import untraced
+
+        return untraced
+    return torch_backend
 
 
 def _triton() -> ModuleType:

@@ -262,7 +262,6 @@ def _ungrouped(out: Tensor) -> Tensor:
     return rearrange(out, "b g r t d -> b (g r) t d")
 
 
-@torch.compiler.disable
 def compressed_attention(
     q: Tensor, k_cmp: Tensor, v_cmp: Tensor, config: NSAConfig, *, scale: float, positions: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -273,7 +272,6 @@ def compressed_attention(
     return _ungrouped(out), block_indices
 
 
-@torch.compiler.disable
 def selected_attention(
     q: Tensor,
     k: Tensor,
@@ -306,7 +304,6 @@ def selected_attention(
     return _ungrouped(_ChunkedAttention.apply(grouped, k, v, mask, scale, chunk, None)[0])
 
 
-@torch.compiler.disable
 def window_attention(
     q: Tensor, k: Tensor, v: Tensor, config: NSAConfig, *, scale: float, positions: Tensor | None = None
 ) -> Tensor:
