@@ -1,9 +1,9 @@
 """Launch configurations: tile sizes, warps, stages and registers of every kernel, from a table. Nothing is tuned at run time.
 
-A kernel's entry is looked up by device name, then by the bytes of a row on chip (head dim rounded up, times the element's
-size), then by the group's size; what the table does not hold comes from `default`, which is safe on any device. TABLE holds what
-was measured on an H200 (EXPERIMENTS.md beside this file); the file that NSA_KERNEL_TABLE names, which `nsa bench --tune` writes,
-is laid over it.
+A kernel's entry is looked up by the bytes of a row on chip (head dim rounded up, times the element's size), then by the group's
+size; what the table does not hold comes from `default`, which is safe on any device. TABLE holds what was measured on an H200
+(EXPERIMENTS.md beside this file), for all GPUs with its multiprocessors; the file that NSA_KERNEL_TABLE names, which
+`nsa bench --tune` writes by the devices' names, is laid over it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ KERNELS = (
 )  # fmt: skip
 
 TABLE: dict[str, dict[str, Tile]] = {
-    "NVIDIA H200": {
+    "sm_90": {
         "compressed/256": Tile(128, 64, 4, 2),
         "compressed/128": Tile(128, 64, 4, 3),
         "compressed_dq/256": Tile(128, 64, 8, 3),
@@ -76,7 +76,7 @@ TABLE: dict[str, dict[str, Tile]] = {
         "selected_gradient_finish/256": Tile(64, 64, 4, 5),
     },
 }
-"""device -> "kernel/bytes of a row" or "kernel/bytes of a row/heads of a group" -> Tile; float32: "kernel/float32/bytes ..."."""
+"""architecture -> "kernel/bytes of a row" or "kernel/bytes of a row/heads of a group" -> Tile; float32 "kernel/float32/bytes"."""
 
 
 def default(kernel: str, row_bytes: int, dtype: torch.dtype) -> Tile:
@@ -100,17 +100,19 @@ def default(kernel: str, row_bytes: int, dtype: torch.dtype) -> Tile:
 
 
 def device_name(device: torch.device) -> str:
-    """The name that a table knows a device by."""
+    """The name that a file's table knows a device by."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
 
 
 @cache
 def _device_table(device: torch.device) -> dict[str, Tile]:
-    name = device_name(device)
-    table = dict(TABLE.get(name, {}))
+    table: dict[str, Tile] = {}
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        table |= TABLE.get(f"sm_{major}{minor}", {})
     path = os.environ.get(TABLE_VARIABLE)
     if path:
-        table |= read_table(Path(path)).get(name, {})
+        table |= read_table(Path(path)).get(device_name(device), {})
     return table
 
 
