@@ -18,7 +18,7 @@ from nsa_cli.ops import nsa_attention
 from nsa_cli.ops.decode import decode_attention
 from nsa_cli.ops.dispatch import nsa_attention_and_selection
 from nsa_cli.ops.triton import decode, group, group_tiles
-from nsa_cli.ops.triton.residual import has_tiles
+from nsa_cli.ops.triton.device import has_tiles
 from tests.inputs import relative_l2
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

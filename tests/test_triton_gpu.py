@@ -1,6 +1,6 @@
 """The Triton kernels on a GPU: all groups, head dims, geometries and dtypes; determinism, memory, graphs, long tensors.
 
-Set NSA_NO_WARM to compile in this process alone; otherwise the kernels are first compiled by many at once.
+The kernels are first compiled by many processes at once, unless pytest-xdist has many already.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ BRANCHES = {CASES[i].name for i in (3, 5, 8, 18, 24)}
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled() -> Iterator[None]:
-    if torch.cuda.is_available() and not os.environ.get("NSA_NO_WARM"):
+    if torch.cuda.is_available() and "PYTEST_XDIST_WORKER" not in os.environ:
         workers = min(len(CASES), max(1, (os.cpu_count() or 2) - 2))
         shares = [[(case, case.name in BRANCHES) for case in CASES[i::workers]] for i in range(workers)]
         context = multiprocessing.get_context("spawn")

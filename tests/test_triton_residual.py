@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from nsa_cli.benchmark.parity import poisoned
 from nsa_cli.ops.triton import linear_tiles
+from nsa_cli.ops.triton.device import has_tiles
 from nsa_cli.ops.triton.linear_tiles import CHIP, CHUNK, choose_tile
-from nsa_cli.ops.triton.residual import MOST_TILES, Residual, has_tiles, make_counters, multiply
+from nsa_cli.ops.triton.residual import MOST_TILES, Residual, make_counters, multiply
 from tests.inputs import relative_l2
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -30,10 +30,9 @@ from torch import Tensor
 from nsa_cli.config import NSAConfig
 from nsa_cli.ops.triton import group
 from nsa_cli.ops.triton.attend import LEAST, LEAST_ROWS, blocks_seen, load_tile
-from nsa_cli.ops.triton.launch import cores
+from nsa_cli.ops.triton.device import cores, has_tiles
 from nsa_cli.ops.triton.overlap import follow, overlap
 from nsa_cli.ops.triton.problem import LOG2E, Problem, cdiv, next_power_of_2, padded_dim
-from nsa_cli.ops.triton.residual import has_tiles
 from nsa_cli.ops.triton.selection import top_blocks
 
 SPLIT_BYTES = {2: 2**15, 4: 2**14}

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_cli.ops.triton.attend import LEAST, LEAST_ROWS, blocks_seen, load_tile
-from nsa_cli.ops.triton.launch import cores
+from nsa_cli.ops.triton.device import cores
 from nsa_cli.ops.triton.overlap import follow, overlap
 from nsa_cli.ops.triton.problem import Problem, next_power_of_2
 from nsa_cli.ops.triton.selection import top_blocks

@@ -17,13 +17,11 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nsa_cli.ops.triton.attend import LEAST
-from nsa_cli.ops.triton.launch import cores
-from nsa_cli.ops.triton.linear_tiles import DTYPES, barrier, load_box, release, wait
+from nsa_cli.ops.triton.device import cores
+from nsa_cli.ops.triton.hopper import DTYPES, barrier, load_box, view
+from nsa_cli.ops.triton.linear_tiles import release, wait
 from nsa_cli.ops.triton.overlap import overlap
 from nsa_cli.ops.triton.problem import Problem, next_power_of_2
-
-memory = gl.shared_memory_descriptor
-view = memory.reinterpret if hasattr(memory, "reinterpret") else memory._reinterpret  # as older Tritons have it
 
 HEADS = (8, 16)
 """Columns of a product, of which a group's heads fill some."""

@@ -7,13 +7,13 @@ Nothing here knows autograd; `operators.py` registers what stands here. Every te
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nsa_cli.ops.triton import attend, gates, selected, selected_gradient, selection, tuning
+from nsa_cli.ops.triton.device import cores, has_tiles
 from nsa_cli.ops.triton.index import Index, build_index
 from nsa_cli.ops.triton.problem import Problem, cdiv, group_rows, head_rows, next_power_of_2
 
@@ -40,12 +40,6 @@ def _tile(kernel: str, p: Problem) -> tuning.Tile:
     return tuning.tile(kernel, width=max(p.dk, p.dv), group=p.r, dtype=p.dtype, device=p.device)
 
 
-@cache
-def cores(device: torch.device) -> int:
-    """Multiprocessors of a GPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
 def _rows(tile: tuning.Tile, p: Problem) -> int:
     """Rows of a tile that holds whole groups."""
     return max(tile.rows, p.rp)
@@ -65,6 +59,12 @@ NAMES = {"cmp": "compressed", "win": "window"}
 
 def attend_forward(branch: str, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, p: Problem) -> None:
     """Writes a branch's output ("cmp" or "win") to `out`, and its log-sum-exp to `lse` [b, n, h]."""
+    if branch == "cmp" and has_tiles(p.device):
+        from nsa_cli.ops.triton import attend_tiles
+
+        if attend_tiles.fits(p):
+            attend_tiles.attend_forward(q, k, v, out, lse, p)
+            return
     tile = _tile(NAMES[branch], p)
     # A compressed tile is one head's, so that its queries stay in shared memory; a window's is a group's, which needs fewer keys.
     single = branch == "cmp"
@@ -80,30 +80,42 @@ def attend_forward(branch: str, q: Tensor, k: Tensor, v: Tensor, out: Tensor, ls
     )  # fmt: skip
 
 
+def block_importance(q: Tensor, k_cmp: Tensor, lse: Tensor, scores: Tensor, t0: int, t1: int, p: Problem) -> None:
+    """Writes the importance [b, g, t1 - t0, blocks] of the queries [t0, t1), as far as they may choose among the blocks."""
+    if has_tiles(p.device):
+        from nsa_cli.ops.triton import importance_tiles
+
+        if importance_tiles.fits(p):
+            importance_tiles.block_importance(q, k_cmp, lse, scores, t0, t1, p)
+            return
+    config, tile, blocks = p.config, _tile("importance", p), p.select_blocks
+    step = next_power_of_2(config.select_block // config.compress_stride)
+    bn = max(tile.keys, 2 * step)
+    tables = [p.table(name) for name in ("start", "base", "sel_base", "sel_first", "sel_last")]
+    key_tiles = cdiv(_reach(t1, p), bn // step - 1)
+    selection.block_importance[(p.b * p.g * cdiv(t1 - t0, tile.rows) * key_tiles,)](
+        head_rows(q, tile.rows, p.dk), k_cmp, lse, scores, *tables, t0, t1, p.n, p.offset, k_cmp.shape[2], blocks, p.b * p.g,
+        key_tiles, p.scale_log2, *_at(k_cmp), G=p.g, R=p.r, D=p.d, DK=p.dk, LENGTH=config.compress_block,
+        STRIDE=config.compress_stride, BLOCK=config.select_block, STEP=step, PACKED=p.packed, BM=tile.rows, BN=bn,
+        PRECISION=p.precision, **tile.options(),
+    )  # fmt: skip
+
+
+def _reach(t1: int, p: Problem) -> int:
+    """A bound on the selection blocks that the queries before t1 may choose among."""
+    return p.select_blocks if p.packed else p.config.num_select_blocks(t1 + p.offset)
+
+
 def select(q: Tensor, k_cmp: Tensor, lse: Tensor, p: Problem) -> Tensor:
     """block_indices int32 [b, g, n, num_selected] from the compressed branch's log-sum-exp."""
     config, blocks = p.config, p.select_blocks
     indices = torch.empty(p.b, p.g, p.n, config.num_selected, dtype=torch.int32, device=p.device)
-    tile = _tile("importance", p)
-    ratio = config.select_block // config.compress_stride
-    step = next_power_of_2(ratio)
-    bn = max(tile.keys, 2 * step)
-    rows = min(p.n, max(tile.rows, SCORE_ELEMENTS // (p.b * p.g * blocks) // tile.rows * tile.rows))
+    rows = min(p.n, max(MOST_ROWS, SCORE_ELEMENTS // (p.b * p.g * blocks) // MOST_ROWS * MOST_ROWS))
     scores = torch.empty(p.b * p.g * rows * blocks, dtype=torch.float32, device=p.device)
-    d_q = head_rows(q, tile.rows, p.dk)
-    tables = [p.table(name) for name in ("start", "base", "sel_base", "sel_first", "sel_last")]
     for t0 in range(0, p.n, rows):
         t1 = min(t0 + rows, p.n)
-        reach = blocks if p.packed else config.num_select_blocks(t1 + p.offset)
-        key_tiles = cdiv(reach, bn // step - 1)
-        grid = (p.b * p.g * cdiv(t1 - t0, tile.rows) * key_tiles,)
-        selection.block_importance[grid](
-            d_q, k_cmp, lse, scores, *tables, t0, t1, p.n, p.offset, k_cmp.shape[2], blocks, p.b * p.g, key_tiles,
-            p.scale_log2, k_cmp.stride(0), k_cmp.stride(1), k_cmp.stride(2), G=p.g, R=p.r, D=p.d, DK=p.dk,
-            LENGTH=config.compress_block, STRIDE=config.compress_stride, BLOCK=config.select_block, STEP=step,
-            PACKED=p.packed, BM=tile.rows, BN=bn, PRECISION=p.precision, **tile.options(),
-        )  # fmt: skip
-        width = max(16, next_power_of_2(reach))
+        block_importance(q, k_cmp, lse, scores, t0, t1, p)
+        width = max(16, next_power_of_2(_reach(t1, p)))
         selection.select_top[(p.b * p.g * (t1 - t0),)](
             scores, indices, p.table("start"), p.table("sel_base"), t0, t1, p.n, p.offset, blocks, BLOCK=config.select_block,
             NUM=config.num_selected, NUM_INIT=config.num_init, NUM_LOCAL=config.num_local, PACKED=p.packed,
@@ -253,6 +265,12 @@ def attend_dq(
     p: Problem, *, add: bool,
 ) -> None:  # fmt: skip
     """Writes, or adds, a branch's ("cmp" or "win") query gradient to dq."""
+    if branch == "cmp" and not add and has_tiles(p.device):
+        from nsa_cli.ops.triton import attend_tiles
+
+        if attend_tiles.fits(p):
+            attend_tiles.attend_dq(q, k, v, do, lse, delta, gate, dq, p)
+            return
     tile = _tile(NAMES[branch] + "_dq", p)
     single = branch == "cmp"
     m = tile.rows if single else _rows(tile, p)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_cli.ops.triton.launch import cores
+from nsa_cli.ops.triton.device import cores
 from nsa_cli.ops.triton.overlap import overlap, release, wait
 from nsa_cli.ops.triton.problem import cdiv, next_power_of_2
 

@@ -21,17 +21,16 @@ import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from nsa_cli.ops.triton.launch import cores
+from nsa_cli.ops.triton.device import cores
+from nsa_cli.ops.triton.hopper import DTYPES, barrier, load_box
 from nsa_cli.ops.triton.overlap import overlap
 from nsa_cli.ops.triton.problem import cdiv, next_power_of_2
 from nsa_cli.ops.triton.residual import Ahead
 
 release, wait = tl.extra.cuda.gdc_launch_dependents, tl.extra.cuda.gdc_wait
-load_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # as older Tritons have it
-barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 LEAST_ROWS, MOST_ROWS = 3, 128
 """For one or two, `linear` is faster."""
@@ -39,7 +38,6 @@ CHUNK = 128
 """Of the inner dimension: a buffer."""
 CHIP = 222 * 2**10
 """Bytes of a program's buffers."""
-DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
 @gluon.jit

@@ -180,7 +180,7 @@ def aligned(x: Tensor) -> Tensor:
     return out.copy_(x)
 
 
-def _strides(shape: list[int], strides: list[int], step: int) -> list[int]:
+def lawful_strides(shape: list[int], strides: list[int], step: int) -> list[int]:
     """Strides with those of dimensions of size 1 made lawful."""
     return [stride if size > 1 else step for size, stride in zip(shape, strides, strict=True)]
 
@@ -188,7 +188,7 @@ def _strides(shape: list[int], strides: list[int], step: int) -> list[int]:
 def head_rows(x: Tensor, rows: int, width: int) -> TensorDescriptor:
     """Tiles of `rows` tokens of one head of x [b, h, n, d]; width: d rounded up."""
     shape = list(x.shape)
-    strides = [*_strides(shape[:3], list(x.stride()[:3]), 16), 1]
+    strides = [*lawful_strides(shape[:3], list(x.stride()[:3]), 16), 1]
     return TensorDescriptor(x, shape, strides, [1, 1, rows, width])
 
 
@@ -198,5 +198,5 @@ def group_rows(x: Tensor, groups: int, rp: int, rows: int, width: int) -> Tensor
         return head_rows(x, rows, width)
     b, h, n, d = x.shape
     shape = [b, groups, n, h // groups, d]
-    strides = _strides(shape[:4], [x.stride(0), x.stride(1) * (h // groups), x.stride(2), x.stride(1)], 16)
+    strides = lawful_strides(shape[:4], [x.stride(0), x.stride(1) * (h // groups), x.stride(2), x.stride(1)], 16)
     return TensorDescriptor(x, shape, [*strides, 1], [1, 1, rows // rp, rp, width])

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from nsa_cli.ops.triton.device import has_tiles
 from nsa_cli.ops.triton.linear import can_multiply, linear
 from nsa_cli.ops.triton.overlap import overlap, release, wait
 from nsa_cli.ops.triton.problem import next_power_of_2
@@ -40,14 +40,6 @@ class Ahead:
 
 MOST_TILES = 2**10
 """More than `linear_tiles` makes of any result."""
-
-
-@cache
-def has_tiles(device: torch.device) -> bool:
-    """Whether `linear_tiles` runs: on Hopper, with a Triton that has its language."""
-    if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) != (9, 0):
-        return False
-    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
 
 
 def find_tile(x: Tensor, weight: Tensor, gate_weight: Tensor | None = None) -> Tile | None:
