@@ -19,7 +19,9 @@ from nsa_cli.config import PRESETS, ModelConfig, NSAConfig
 from nsa_cli.model import build_model
 from nsa_cli.ops import nsa_attention
 from nsa_cli.ops.dispatch import nsa_attention_and_selection
-from tests.inputs import relative_l2
+from nsa_cli.ops.triton import launch
+from nsa_cli.ops.triton.device import has_tiles
+from tests.inputs import cu, relative_l2
 from tests.triton_cases import (
     COLUMNS,
     Case,
@@ -69,7 +71,12 @@ CASES = table(f"""
 4/4 128 8,4,16 0+0+1 33 1031 2 own plain bf16
 6/2 96 12,4,24 3+0+2 1 777 2 shared turned f16
 4/1 80 8,4,8 13+1+2 33 777 2 own sliced f32
+8/1 128 32,16,64 13+1+2 512 2100 2 own model bf16
+64/2 128 32,16,64 5+0+2 100 65+1+777+640 1 shared plain f16
+16/1 128 16,8,64 9+2+1 1 1500 1 own turned bf16
 """)
+PORTABLE = [CASES[i] for i in (0, 3, 24, 27, 32, 33)]
+"""Cases that Hopper GPUs have kernels of their own for, and which others take as well."""
 BRANCHES = {CASES[i].name for i in (3, 5, 8, 18, 24)}
 
 
@@ -102,6 +109,47 @@ def test_the_operator_and_its_gradients_are_the_torch_kernels(case: Case) -> Non
 def test_each_branch_alone_is_the_torch_kernels_also_on_arbitrary_block_lists(case: Case) -> None:
     poison()
     assert_each_branch_is_right(case, "cuda")
+
+
+@pytest.mark.parametrize("case", PORTABLE, ids=lambda case: case.name)
+def test_the_portable_kernels_are_right_where_hopper_has_its_own(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "has_tiles", lambda device: False)
+    poison()
+    assert_the_operator_is_right(case, "cuda")
+
+
+@pytest.mark.skipif(not has_tiles(torch.device("cuda" if torch.cuda.is_available() else "cpu")), reason="needs a Hopper GPU")
+@pytest.mark.parametrize("lengths", [[3000], [1000, 1, 1999]], ids=str)
+def test_on_hopper_its_own_kernels_run_and_give_what_the_portable_ones_give(
+    lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nsa_cli.ops.triton import attend_tiles, gradient_tiles, parts_tiles
+
+    calls: list[str] = []
+
+    def count(module: Any, name: str) -> None:
+        own = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given: calls.append(name) or own(*given))
+
+    names = ["attend_dq", "attend_forward", "selected_gradient_parts", "selected_parts"]
+    for name, module in zip(names, (attend_tiles, attend_tiles, gradient_tiles, parts_tiles), strict=True):
+        count(module, name)
+    blocks = sum(PAPER.num_compressed(length) for length in lengths)
+    x = [y[:, :, :blocks] if y.shape[2] == PAPER.num_compressed(3000) else y for y in leaves(3000, 32, 2, 128)]
+    packed = {} if len(lengths) == 1 else {"cu_seqlens": cu(lengths).cuda()}
+
+    def run() -> list[Tensor]:
+        out, indices = nsa_attention_and_selection(*x, PAPER, kernel="triton", **packed)
+        return [out, *torch.autograd.grad(out, x, torch.ones_like(out)), indices]
+
+    *got, chosen = run()
+    assert sorted(calls) == names
+    monkeypatch.setattr(launch, "has_tiles", lambda device: False)
+    *want, others = run()
+    assert len(calls) == 4
+    assert torch.equal(chosen, others) or (chosen != others).any(-1).float().mean() < 2e-3
+    for one, other in zip(got, want, strict=True):
+        assert relative_l2(one, other) < 2e-2
 
 
 def leaves(tokens: int, heads: int, kv_heads: int, dim: int) -> list[Tensor]:

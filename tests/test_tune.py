@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from nsa_cli.benchmark import BenchOptions, tune
+from nsa_cli.benchmark.cases import make_workload
 from nsa_cli.benchmark.timing import Work
 from nsa_cli.benchmark.tune import TuneReport, run_tune
 from nsa_cli.cli.app import run
@@ -197,14 +198,19 @@ def test_an_error_leaves_no_override_behind_and_no_table(
     assert not path.exists()
 
 
-def test_kernels_that_a_geometry_never_runs_are_left_alone() -> None:
-    assert tune.kernels_of(NSA) == [kernel for kernel in tuning.KERNELS if kernel not in ("window", "window_dq")]
-    assert not any("parts" in kernel for kernel in tune.kernels_of(NSAConfig(num_selected=3)))
-    assert "forced_dkv" not in tune.kernels_of(NSAConfig(num_init=0, num_local=0))
+@pytest.mark.parametrize(
+    ("nsa", "idle"),
+    [(NSA, ()), (replace(NSA, num_selected=2, num_init=1, num_local=1), ("selected_parts", "selected_gradient_parts")),
+     (replace(NSA, num_init=0, num_local=0), ("forced_dkv",))],
+)  # fmt: skip
+def test_kernels_that_a_geometry_never_runs_are_left_alone(nsa: NSAConfig, idle: tuple[str, ...]) -> None:
+    work = make_workload(25, OPTIONS.shape("cpu"), 1, nsa, device=DEVICE, dtype=torch.float32, seed=0)
+    tuner = tune.Tuner(work, TileClock(), 0.0, {})
+    assert tuner.kernels() == [kernel for kernel in tuning.KERNELS if kernel not in ("window", "window_dq", *idle)]
 
 
 def test_every_kernel_has_a_few_candidates_that_differ() -> None:
-    for kernel in tune.kernels_of(NSAConfig()):
+    for kernel in tune.CANDIDATES:
         assert 4 <= len(tune.candidates(kernel, torch.bfloat16)) <= 10, kernel
         assert all(tile.stages == 1 for tile in tune.candidates(kernel, torch.float32)), kernel
 

@@ -25,7 +25,6 @@ from nsa_cli.benchmark.cases import Workload, make_workload
 from nsa_cli.benchmark.options import BenchOptions
 from nsa_cli.benchmark.timing import Clock, make_clock, measure
 from nsa_cli.checkpoint import write_atomic
-from nsa_cli.config import NSAConfig
 from nsa_cli.errors import ExitCode, NsaError
 from nsa_cli.ops.dispatch import kernel_refusal, nsa_attention_and_selection, resolve_kernel
 from nsa_cli.ops.triton import tuning
@@ -52,7 +51,7 @@ CANDIDATES = {
     **dict.fromkeys(("selected_finish", "selected_gradient_finish"), _FINISH),
     "importance": _tiles("64,128,4,2 64,128,4,2,168 64,128,4,3,168 64,64,4,2 64,64,4,3 128,64,4,2 128,128,8,2 64,64,8,2"),
 }
-"""`window` and `window_dq` run for the window branch alone; the parts kernels take a block's keys, whatever `keys` says."""
+"""The parts kernels take a block's keys, whatever `keys` says."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +127,14 @@ class Tuner:
         rows = same.repeat_interleave(self.group, 1)[..., None]
         return parity.compare([("output", results[0] * rows, expected[0] * rows)], tolerance).detail
 
+    def kernels(self) -> list[str]:
+        """Those that have candidates, in tuning's order, of the ones that run here: some geometries, and GPUs with kernels of
+        their own, leave some out."""
+        with tuning.recorded() as asked:
+            self.forward()
+            self.backward()
+        return [kernel for kernel in tuning.KERNELS if kernel in CANDIDATES and kernel in asked]
+
     def tune(self, kernel: str) -> TunedKernel:
         """Measure the kernel's candidates; the winner stands in `table`."""
         key = f"{tuning.table_key(kernel, width=self.width, dtype=self.dtype)}/{self.group}"
@@ -168,13 +175,6 @@ def candidates(kernel: str, dtype: torch.dtype) -> list[Tile]:
     return list(dict.fromkeys(replace(tile, stages=1) if dtype == torch.float32 else tile for tile in CANDIDATES[kernel]))
 
 
-def kernels_of(nsa: NSAConfig) -> list[str]:
-    """The kernels that sparse attention of this geometry runs and that have candidates, in tuning's order."""
-    forced = nsa.num_init + nsa.num_local
-    idle = ["forced_dkv"] * (forced == 0) + ["selected_parts", "selected_gradient_parts"] * (forced == nsa.num_selected)
-    return [kernel for kernel in tuning.KERNELS if kernel in CANDIDATES and kernel not in idle]
-
-
 def run_tune(
     options: BenchOptions, path: Path, device: torch.device, *, progress: Callable[[str], None] = lambda text: None
 ) -> TuneReport:
@@ -192,9 +192,9 @@ def run_tune(
     refusal = kernel_refusal("triton", options.nsa, dim=shape.dim_head, group=shape.heads // shape.kv_heads, dtype=dtype)
     if refusal is not None:
         raise refusal
-    name, tokens, kernels = tuning.device_name(device), max(options.seq_lens), kernels_of(options.nsa)
+    name, tokens = tuning.device_name(device), max(options.seq_lens)
     sizes = {**asdict(shape), "seq_len": tokens, "batch": options.batch, "dtype": str(dtype)[6:], "nsa": asdict(options.nsa)}
-    progress(f"tuning {len(kernels)} kernels at {tokens:,} tokens on {name}: minutes, most of them compilation")
+    progress(f"tuning kernels at {tokens:,} tokens on {name}: minutes, most of them compilation")
 
     def write(file: Path) -> None:
         file.write_text(tuning.table_to_json({**content, name: tuner.table}), encoding="utf-8")
@@ -202,7 +202,7 @@ def run_tune(
     with torch.cuda.device(device) if on_gpu else nullcontext():
         work = make_workload(tokens, shape, options.batch, options.nsa, device=device, dtype=dtype, seed=options.seed)
         tuner, found = Tuner(work, make_clock(device), options.budget_s, dict(content.get(name, {}))), list[TunedKernel]()
-        for kernel in kernels:
+        for kernel in tuner.kernels():
             found.append(tuner.tune(kernel))
             progress(str(found[-1]))
             write_atomic(path, write)

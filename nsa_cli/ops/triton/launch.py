@@ -21,7 +21,7 @@ SCORE_ELEMENTS = 2**26
 """Float32 block scores alive at a time (256 MiB): importance and selection run in chunks of queries."""
 PART_BYTES = {"forward": 2**31, "backward": 2**30}
 """Bytes of partial outputs, or query gradients, alive at a time in the selected branch."""
-UNIT_TOKENS = {"forward": 4096, "backward": 16384}
+UNIT_TOKENS = {"forward": 4096, "backward": 8192}
 """Query tokens a unit of the inverted index. Forward: what its items gather stays in a 50 MB cache. Backward: items are long,
 since each writes dk and dv of its block."""
 LEAST_LIST = 32
@@ -82,12 +82,6 @@ def attend_forward(branch: str, q: Tensor, k: Tensor, v: Tensor, out: Tensor, ls
 
 def block_importance(q: Tensor, k_cmp: Tensor, lse: Tensor, scores: Tensor, t0: int, t1: int, p: Problem) -> None:
     """Writes the importance [b, g, t1 - t0, blocks] of the queries [t0, t1), as far as they may choose among the blocks."""
-    if has_tiles(p.device):
-        from nsa_cli.ops.triton import importance_tiles
-
-        if importance_tiles.fits(p):
-            importance_tiles.block_importance(q, k_cmp, lse, scores, t0, t1, p)
-            return
     config, tile, blocks = p.config, _tile("importance", p), p.select_blocks
     step = next_power_of_2(config.select_block // config.compress_stride)
     bn = max(tile.keys, 2 * step)
@@ -202,19 +196,40 @@ class Rest:
     total: Tensor
 
 
+def selected_parts(
+    q: Tensor, k: Tensor, v: Tensor, part_o: Tensor, part_lse: Tensor, units: tuple[int, int], row0: int, s: Selection, p: Problem
+) -> None:
+    """Writes the partials of all entries of the units [units[0], units[1]), whose first row (b g t) is row0."""
+    if has_tiles(p.device):
+        from nsa_cli.ops.triton import parts_tiles
+
+        if parts_tiles.fits(p, s):
+            parts_tiles.selected_parts(q, k, v, part_o, part_lse, units, row0, s, p)
+            return
+    i, tile = s.index, _tile("selected_parts", p)
+    assert i is not None
+    selected.selected_parts[(i.most_items(units[1] - units[0], s.part_entries()) * s.sub,)](
+        q, k, v, part_o, part_lse, i.entries, i.ends, i.items, i.item_list, i.item_start, p.table("sel_start"),
+        p.table("sel_end"), units[0] * i.blocks, units[1] * i.blocks, row0, s.part_rows(), p.n, p.offset, s.a_head, i.blocks,
+        p.scale_log2, *_at(q), *_at(k), *_at(v), G=p.g, R=p.r, RP=p.rp, D=p.d, E=p.e, EP=part_o.stride(2), DK=p.dk, DV=p.dv,
+        BLOCK=p.config.select_block, BS=s.bs, SUB=s.sub, FREE=s.free, ITEM=i.item, CAUSAL=s.causal, PACKED=p.packed,
+        M=_rows(tile, p), PRECISION=p.precision, **tile.options(),
+    )  # fmt: skip
+
+
 def selected_forward(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, out: Tensor, lse: Tensor, p: Problem, *, forced: bool,
     rest: Rest | None = None,
 ) -> None:  # fmt: skip
     """Writes o_slc to `out`, and its log-sum-exp to `lse`. forced: as in Selection."""
     s = Selection(indices, p, forced=forced, way="forward")
-    parts, finish = _tile("selected_parts", p), _tile("selected_finish", p)
-    m_parts, m = _rows(parts, p), _rows(finish, p)
+    finish = _tile("selected_finish", p)
+    m = _rows(finish, p)
     part_o = part_lse = d_o = None
-    part_width = cdiv(p.e, 16 // p.dtype.itemsize) * (16 // p.dtype.itemsize)  # rows fit for the copy engine
-    entries, rows = s.part_entries(), s.part_rows()
+    rows = s.part_rows()
     if s.index is not None:
-        part_o = torch.empty(1, s.free * s.sub, rows * p.rp, part_width, dtype=p.dtype, device=p.device)[..., : p.e]
+        width = cdiv(p.e, 16 // p.dtype.itemsize) * (16 // p.dtype.itemsize)  # rows fit for the copy engine
+        part_o = torch.empty(1, s.free * s.sub, rows * p.rp, width, dtype=p.dtype, device=p.device)[..., : p.e]
         part_lse = torch.empty(s.free * s.sub, rows * p.rp, dtype=torch.float32, device=p.device)
         d_o = head_rows(part_o, m, p.dv)
     d_k, d_v = head_rows(k, finish.keys, p.dk), head_rows(v, finish.keys, p.dv)
@@ -223,16 +238,8 @@ def selected_forward(
     d_k_win = d_k if all_of.k_win is k else head_rows(all_of.k_win, finish.keys, p.dk)
     d_v_win = d_v if all_of.v_win is v else head_rows(all_of.v_win, finish.keys, p.dv)
     for unit0, unit1, row0 in s.chunks():
-        if s.index is not None:
-            i = s.index
-            selected.selected_parts[(i.most_items(unit1 - unit0, entries) * s.sub,)](
-                q, k, v, part_o, part_lse, i.entries, i.ends, i.items, i.item_list, i.item_start,
-                p.table("sel_start"), p.table("sel_end"), unit0 * i.blocks, unit1 * i.blocks, row0, rows, p.n, p.offset,
-                s.a_head, i.blocks, p.scale_log2, *_at(q), *_at(k), *_at(v), G=p.g, R=p.r, RP=p.rp, D=p.d, E=p.e,
-                EP=part_width, DK=p.dk, DV=p.dv,
-                BLOCK=p.config.select_block, BS=s.bs, SUB=s.sub, FREE=s.free, ITEM=i.item, CAUSAL=s.causal, PACKED=p.packed,
-                M=m_parts, PRECISION=p.precision, **parts.options(),
-            )  # fmt: skip
+        if part_o is not None and part_lse is not None:
+            selected_parts(q, k, v, part_o, part_lse, (unit0, unit1), row0, s, p)
         grid = ((unit1 - unit0) * cdiv(s.chunk, m // p.rp),)
         selected.selected_finish[grid](
             q, d_k, d_v, d_k_win, d_v_win, out, all_of.total, all_of.o_cmp, all_of.o_win, all_of.gates, indices, d_o,
@@ -312,6 +319,41 @@ def attend_dkv(
     return (dk[0], dv[0]) if splits == 1 else (dk.sum(0), dv.sum(0))
 
 
+def selected_gradient_parts(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, gate: Tensor | None, part_dq: Tensor,
+    part_dk: Tensor, part_dv: Tensor, units: tuple[int, int], row0: int, s: Selection, p: Problem,
+) -> None:  # fmt: skip
+    """Writes the partials of all entries and items of the units [units[0], units[1]), whose first row (b g t) is row0."""
+    if has_tiles(p.device):
+        from nsa_cli.ops.triton import gradient_tiles
+
+        if gradient_tiles.fits(p, s):
+            gradient_tiles.selected_gradient_parts(
+                q, k, v, do, lse, delta, gate, part_dq, part_dk, part_dv, units, row0, s, p
+            )
+            return
+    i, tile = s.index, _tile("selected_gradient_parts", p)
+    assert i is not None
+    selected_gradient.selected_gradient_parts[(i.most_items(units[1] - units[0], s.part_entries()) * s.sub,)](
+        q, do, k, v, part_dq, part_dk, part_dv, lse, delta, gate, i.entries, i.ends, i.items, i.item_list, i.item_start,
+        p.table("sel_start"), p.table("sel_end"), units[0] * i.blocks, units[1] * i.blocks, row0, p.n, p.offset, s.a_head,
+        i.blocks, p.scale_log2, p.scale, *_at(q), *_at(do), *_at(k), *_at(v), G=p.g, R=p.r, RP=p.rp, D=p.d, E=p.e, DK=p.dk,
+        DV=p.dv, BLOCK=p.config.select_block, BS=s.bs, SUB=s.sub, FREE=s.free, ITEM=i.item, CAUSAL=s.causal, PACKED=p.packed,
+        M=_rows(tile, p), STAGES=tile.stages, PRECISION=p.precision, GATED=gate is not None, **tile.options(),
+    )  # fmt: skip
+
+
+def _add_up(part_dk: Tensor, part_dv: Tensor, dk: Tensor, dv: Tensor, units: tuple[int, int], s: Selection, p: Problem) -> None:
+    """Adds the items' parts to dk and dv, in the items' order."""
+    i = s.index
+    assert i is not None
+    heads = (units[1] - 1) // s.a_head - units[0] // s.a_head + 1
+    selected_gradient.selected_gradient_sum[(heads * i.blocks * s.sub,)](
+        part_dk, part_dv, dk, dv, i.items, p.table("sel_start"), p.table("sel_end"), *units, p.keys, s.a_head, i.blocks, G=p.g,
+        D=p.d, E=p.e, DK=p.dk, DV=p.dv, BLOCK=p.config.select_block, BS=s.bs, SUB=s.sub, PACKED=p.packed, num_warps=8,
+    )  # fmt: skip
+
+
 def selected_backward(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, indices: Tensor, lse: Tensor, delta: Tensor, gate: Tensor | None, dq: Tensor,
     p: Problem, *, forced: bool, add: bool = False,
@@ -333,13 +375,12 @@ def selected_backward(
         dk[:, :keys] += dk_init
         dv[:, :keys] += dv_init
     s = Selection(indices, p, forced=forced, way="backward")
-    parts, finish = _tile("selected_gradient_parts", p), _tile("selected_gradient_finish", p)
-    m_parts, m = _rows(parts, p), _rows(finish, p)
-    part_dq = None
+    finish = _tile("selected_gradient_finish", p)
+    m = _rows(finish, p)
+    part_dq = part_dk = part_dv = None
     if s.index is not None:
-        i, block = s.index, config.select_block
-        entries = s.part_entries()
-        most = i.most_items(s.units_a_part, entries)
+        entries, block = s.part_entries(), config.select_block
+        most = s.index.most_items(s.units_a_part, entries)
         part_dq = torch.empty(entries * s.sub, p.r, p.d, dtype=p.dtype, device=p.device)
         part_dk = torch.empty(most, block, p.d, dtype=torch.float32, device=p.device)
         part_dv = torch.empty(most, block, p.e, dtype=torch.float32, device=p.device)
@@ -348,20 +389,9 @@ def selected_backward(
     d_k_win = d_k if k_win is k else head_rows(k_win, finish.keys, p.dk)
     d_v_win = d_v if v_win is v else head_rows(v_win, finish.keys, p.dv)
     for unit0, unit1, row0 in s.chunks():
-        if s.index is not None:
-            selected_gradient.selected_gradient_parts[(i.most_items(unit1 - unit0, entries) * s.sub,)](
-                q, do, k, v, part_dq, part_dk, part_dv, lse, delta, gate, i.entries, i.ends, i.items, i.item_list,
-                i.item_start, p.table("sel_start"), p.table("sel_end"), unit0 * i.blocks, unit1 * i.blocks, row0, p.n, p.offset,
-                s.a_head, i.blocks, p.scale_log2, p.scale, *_at(q), *_at(do), *_at(k), *_at(v), G=p.g, R=p.r, RP=p.rp,
-                D=p.d, E=p.e, DK=p.dk, DV=p.dv, BLOCK=block, BS=s.bs, SUB=s.sub, FREE=s.free, ITEM=i.item, CAUSAL=s.causal,
-                PACKED=p.packed, M=m_parts, STAGES=parts.stages, PRECISION=p.precision, GATED=gate is not None,
-                **parts.options(),
-            )  # fmt: skip
-            heads = (unit1 - 1) // s.a_head - unit0 // s.a_head + 1
-            selected_gradient.selected_gradient_sum[(heads * i.blocks * s.sub,)](
-                part_dk, part_dv, dk, dv, i.items, p.table("sel_start"), p.table("sel_end"), unit0, unit1, p.keys, s.a_head,
-                i.blocks, G=p.g, D=p.d, E=p.e, DK=p.dk, DV=p.dv, BLOCK=block, BS=s.bs, SUB=s.sub, PACKED=p.packed, num_warps=8,
-            )  # fmt: skip
+        if part_dq is not None and part_dk is not None and part_dv is not None:
+            selected_gradient_parts(q, k, v, do, lse, delta, gate, part_dq, part_dk, part_dv, (unit0, unit1), row0, s, p)
+            _add_up(part_dk, part_dv, dk, dv, (unit0, unit1), s, p)
         selected_gradient.selected_gradient_finish[((unit1 - unit0) * cdiv(s.chunk, m // p.rp),)](
             q, do, d_k, d_v, d_k_win, d_v_win, dq, part_dq, lse, delta, gate, *win_rows, indices, p.table("start"), unit0,
             row0, p.n, p.offset, s.a_head, s.chunk, cores(p.device), p.scale_log2, p.scale, *_at(q), *_at(do), *_at(dq), G=p.g,

@@ -131,6 +131,20 @@ def overridden(table: Mapping[str, Tile]) -> Iterator[None]:
         _overlay = before
 
 
+_asked: set[str] = set()
+
+
+@contextmanager
+def recorded() -> Iterator[set[str]]:
+    """Inside, the kernels whose configuration is asked for come into the set: those that run, and have one."""
+    global _asked
+    before, _asked = _asked, set()
+    try:
+        yield _asked
+    finally:
+        _asked = before
+
+
 def table_key(kernel: str, *, width: int, dtype: torch.dtype) -> str:
     """A kernel's key for groups of any size. float32 has keys of its own: its products run on other units."""
     return f"{kernel}/{'float32/' if dtype == torch.float32 else ''}{width * dtype.itemsize}"
@@ -138,6 +152,7 @@ def table_key(kernel: str, *, width: int, dtype: torch.dtype) -> str:
 
 def tile(kernel: str, *, width: int, group: int, dtype: torch.dtype, device: torch.device) -> Tile:
     """The configuration of a kernel. width: head dim rounded up to a power of two. group: heads of a group."""
+    _asked.add(kernel)
     key = table_key(kernel, width=width, dtype=dtype)
     for table in (_overlay, _device_table(device)):
         found = table.get(f"{key}/{group}") or table.get(key)
