@@ -1,0 +1,65 @@
+"""Kernels that Hopper GPUs have for themselves (Gluon), where there is no GPU: that they compile, and what they take."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from nsa_cli.config import NSAConfig
+from nsa_cli.ops.triton import attend_tiles, gradient_tiles, parts_tiles
+from nsa_cli.ops.triton.launch import Selection
+from nsa_cli.ops.triton.problem import Problem
+from tests.command_line import ROOT, environment
+
+CHIP = 227 * 1024
+"""Bytes of shared memory that a program may have on Hopper."""
+PAPER = Problem(
+    config=NSAConfig(), b=1, h=16, g=1, n=200, d=128, e=128, dtype=torch.bfloat16, device=torch.device("cpu"), scale=0.1
+)
+
+
+def test_they_compile_for_hopper_on_a_machine_without_a_gpu_and_fit_on_its_chip(tmp_path: Path) -> None:
+    env = environment(TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
+    done = subprocess.run([sys.executable, "-m", "tests.compiling"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    made = {line["kernel"]: line["shared"] for line in map(json.loads, done.stdout.splitlines())}
+    tiles = {"forward_tiles", "dq_tiles", "parts_tiles", "gradient_tiles", "linear_tiles_kernel", "attend_group_tiles"}
+    assert tiles <= made.keys()
+    assert max(made.values()) <= CHIP
+    assert 2 * (made["gradient_tiles"] + 1024) <= CHIP + 1024, "a multiprocessor no longer has room for two programs"
+
+
+@pytest.mark.parametrize(
+    ("problem", "attend", "parts"),
+    [
+        (PAPER, True, True),
+        (replace(PAPER, dtype=torch.float16, h=64, g=2), True, True),
+        (replace(PAPER, dtype=torch.float32), False, False),
+        (replace(PAPER, d=64, e=64), False, False),
+        (replace(PAPER, d=96, e=128), True, False),  # zeros beside the channels cost products, but no other kernel
+        (replace(PAPER, d=192), False, False),
+        (replace(PAPER, h=4), True, False),  # boxes of fewer than 8 heads are no whole pattern of shared memory
+        (replace(PAPER, h=12), True, False),
+        (replace(PAPER, config=NSAConfig(num_local=0)), True, False),  # a query's own block among the free ones
+        (replace(PAPER, config=NSAConfig(select_block=128)), True, False),
+        (replace(PAPER, config=NSAConfig(num_selected=3)), True, False),  # nothing to choose
+    ],
+)
+def test_what_they_cannot_do_is_left_to_the_portable_kernels(problem: Problem, attend: bool, parts: bool) -> None:
+    indices = torch.zeros(1, problem.g, problem.n, problem.config.num_selected, dtype=torch.int32)
+    ways = [Selection(indices, problem, forced=True, way=way) for way in ("forward", "backward")]
+    assert attend_tiles.fits(problem) == attend
+    assert [parts_tiles.fits(problem, ways[0]), gradient_tiles.fits(problem, ways[1])] == [parts, parts]
+
+
+def test_lists_of_any_blocks_are_left_to_the_portable_kernels() -> None:
+    """They may name a query's own block, of which the future is not seen."""
+    s = Selection(torch.zeros(1, 1, 200, 16, dtype=torch.int32), PAPER, forced=False, way="forward")
+    assert not parts_tiles.fits(PAPER, s)
+    assert not gradient_tiles.fits(PAPER, s)
