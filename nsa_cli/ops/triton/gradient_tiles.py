@@ -42,8 +42,8 @@ ROWS = gl.constexpr(64)
 """Rows of a step."""
 PANEL = gl.constexpr(64)
 """Channels that lie side by side on chip: 128 bytes."""
-WIDTH = gl.constexpr(128)
-"""Channels of a head."""
+DIMS = (64, 128)
+"""Channels of a head: a panel, or two."""
 KEYS = gl.constexpr(64)
 """Keys of a block: what the tensor cores' first side has at least."""
 HEADS = (8, 16, 32)
@@ -63,13 +63,13 @@ def query_of(p_entries, e, e1, shift, N, FREE: gl.constexpr):
 
 
 @gluon.jit
-def ask_rows(d_x, s_boxes, full, i_tile, i_b, i_head, o_t, R: gl.constexpr):
+def ask_rows(d_x, s_boxes, full, i_tile, i_b, i_head, o_t, R: gl.constexpr, PANELS: gl.constexpr):
     """A step's tile, of queries o_t: zeros where they are outside the tensor."""
     QUERIES: gl.constexpr = ROWS // R
-    mbarrier.expect(full, ROWS * WIDTH * 2)
+    mbarrier.expect(full, PANELS * QUERIES * d_x.block_type.nbytes)
     for j in gl.static_range(QUERIES):
-        for c in gl.static_range(WIDTH // PANEL):
-            s_box = s_boxes.index((i_tile * (WIDTH // PANEL) + c) * QUERIES + j)
+        for c in gl.static_range(PANELS):
+            s_box = s_boxes.index((i_tile * PANELS + c) * QUERIES + j)
             load_box(d_x, [i_b, i_head, o_t[j], c * PANEL], full, s_box)
 
 
@@ -80,7 +80,8 @@ def produce(
 ):  # fmt: skip
     """Every step's q and do."""
     QUERIES: gl.constexpr = ROWS // R
-    s_boxes = view(s_tiles, s_tiles.dtype, [(2 * RING + 2) * (WIDTH // PANEL) * QUERIES, 1, R, 1, PANEL], d_q.layout)
+    PANELS: gl.constexpr = s_tiles.shape[2] // PANEL
+    s_boxes = view(s_tiles, s_tiles.dtype, [(2 * RING + 2) * PANELS * QUERIES, 1, R, 1, PANEL], d_q.layout)
     i_b, i_head = i_bg // G, i_bg % G * R
     for i in range(gl.cdiv(e1 - e0, QUERIES)):
         slot, phase = i % RING, (i // RING) & 1
@@ -88,13 +89,15 @@ def produce(
         for j in gl.static_range(QUERIES):
             o_t = o_t + (query_of(p_entries, e0 + i * QUERIES + j, e1, i_bg * N, N, FREE),)  # noqa: RUF005
         mbarrier.wait(turn.index(slot), phase ^ 1)
-        ask_rows(d_q, s_boxes, full.index(slot), slot, i_b, i_head, o_t, R)
+        ask_rows(d_q, s_boxes, full.index(slot), slot, i_b, i_head, o_t, R, PANELS)
         mbarrier.wait(turn.index(RING + slot), phase ^ 1)
-        ask_rows(d_do, s_boxes, full.index(RING + slot), RING + slot, i_b, i_head, o_t, R)
+        ask_rows(d_do, s_boxes, full.index(RING + slot), RING + slot, i_b, i_head, o_t, R, PANELS)
 
 
 @gluon.jit
-def write(d_dq, p_entries, s_ds, s_low, turn, e0, e1, before, R: gl.constexpr, RING: gl.constexpr):
+def write(
+    d_dq, p_entries, s_ds, s_low, turn, e0, e1, before, R: gl.constexpr, RING: gl.constexpr, PANELS: gl.constexpr
+):
     """Every step's dq to the partial. before: entries before the partial's."""
     QUERIES: gl.constexpr = ROWS // R
     s_low_boxes = view(s_low, s_low.dtype, [QUERIES, R, PANEL], d_dq.layout)
@@ -108,7 +111,8 @@ def write(d_dq, p_entries, s_ds, s_low, turn, e0, e1, before, R: gl.constexpr, R
         for j in gl.static_range(QUERIES):
             if e0 + i * QUERIES + j < e1:
                 store_box(d_dq, [rows[j], 0], s_low_boxes.index(j))
-                store_box(d_dq, [rows[j], PANEL], s_high_boxes.index(j))
+                if PANELS == 2:
+                    store_box(d_dq, [rows[j], PANEL], s_high_boxes.index(j))
         tma.store_wait(0)  # both buffers have been read
         mbarrier.arrive(turn.index(2 * RING + 1), count=1)
 
@@ -121,6 +125,7 @@ def consume(
 ):  # fmt: skip
     """dk and dv of the item, and every step's dq."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])  # also of half of dq
+    WIDTH: gl.constexpr = s_tiles.shape[2]
     WHOLE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, WHOLE, 2)
     ACROSS: gl.constexpr = gl.SliceLayout(0, SCORES)
@@ -131,7 +136,7 @@ def consume(
     QUERIES: gl.constexpr = ROWS // R
     s_k, s_v = s_tiles.index(2 * RING), s_tiles.index(2 * RING + 1)
     s_panels = view(s_tiles, dtype, [(2 * RING + 2) * PANELS, KEYS, PANEL], s_ds.layout)
-    s_k_low, s_k_high = s_panels.index(2 * RING * PANELS), s_panels.index(2 * RING * PANELS + 1)
+    s_k_low, s_k_high = s_panels.index(2 * RING * PANELS), s_panels.index(2 * RING * PANELS + PANELS - 1)
     steps = gl.cdiv(e1 - e0, QUERIES)
     o_m = gl.arange(0, ROWS, layout=FLAT)
     i_row, shift = i_bg % G * R + o_m % R, i_bg * N
@@ -186,14 +191,16 @@ def consume(
             s_gate.store(b_next_gate)
         b_dk = warpgroup_mma_wait(1, [b_dk])
         b_low = warpgroup_mma_wait(0, [b_low])
-        # Both halves at once would need more registers than there are for products that do not wait for one another.
-        b_high = warpgroup_mma(s_ds.permute((1, 0)), s_k_high, b_zero, use_acc=False, is_async=True)
+        if PANELS == 2:
+            # Both halves at once would need more registers than there are for products that do not wait for one another.
+            b_high = warpgroup_mma(s_ds.permute((1, 0)), s_k_high, b_zero, use_acc=False, is_async=True)
         s_low.store(b_low.to(dtype))
-        b_high = warpgroup_mma_wait(0, [b_high])
-        barrier()  # every warp is done with dS, and with q
-        s_ds.store(b_high.to(dtype))
+        if PANELS == 2:
+            b_high = warpgroup_mma_wait(0, [b_high])
+            barrier()  # every warp is done with dS, and with q
+            s_ds.store(b_high.to(dtype))
         fence_async_shared()
-        barrier()
+        barrier()  # dq is written, and every warp is done with q
         mbarrier.arrive(turn.index(2 * RING), count=1)
         mbarrier.arrive(turn.index(slot), count=1)
     o_key = gl.arange(0, KEYS, layout=gl.SliceLayout(1, WHOLE))
@@ -208,7 +215,7 @@ def gradient_tiles(
     d_q, d_do, d_k, d_v, d_dq, p_dk, p_dv, p_lse, p_delta, p_gate, p_entries, p_ends, p_items, p_item_list, p_item_start,
     p_sel_start, LIST0, LIST1, ROW0, N, UNITS_A_HEAD, BLOCKS, scale, dk_scale, G: gl.constexpr, R: gl.constexpr,
     FREE: gl.constexpr, ITEM: gl.constexpr, PACKED: gl.constexpr, GATED: gl.constexpr, RING: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    PANELS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """`selected_gradient.selected_gradient_parts` of one item. d_q, d_do: boxes [1, R, 1, PANEL] of [b, h, n, d]; d_k, d_v: boxes
     [1, 1, KEYS, PANEL]; d_dq: boxes [R, PANEL] of the partial's rows."""
@@ -216,7 +223,7 @@ def gradient_tiles(
     i_w = gl.load(p_items + LIST0) + i_item
     if i_w < gl.load(p_items + LIST1):
         dtype: gl.constexpr = d_q.dtype
-        PANELS: gl.constexpr = WIDTH // PANEL
+        WIDTH: gl.constexpr = PANEL * PANELS
         TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, WIDTH], dtype)
         HALF: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, PANEL], dtype)
         PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -243,7 +250,7 @@ def gradient_tiles(
         fence_async_shared()
         barrier()
         s_keys = view(s_tiles, dtype, [(2 * RING + 2) * PANELS, 1, 1, KEYS, PANEL], d_k.layout)
-        mbarrier.expect(full.index(2 * RING), 2 * KEYS * WIDTH * 2)
+        mbarrier.expect(full.index(2 * RING), 2 * PANELS * d_k.block_type.nbytes)
         for c in gl.static_range(PANELS):
             s_k_box, s_v_box = s_keys.index(2 * RING * PANELS + c), s_keys.index((2 * RING + 1) * PANELS + c)
             load_box(d_k, [i_bg // G, i_bg % G, first, c * PANEL], full.index(2 * RING), s_k_box)
@@ -255,7 +262,7 @@ def gradient_tiles(
                     e1, i_item, i_bg, N, scale, dk_scale, G, R, FREE, GATED, RING,
                 )),
                 (produce, (d_q, d_do, p_entries, s_tiles, full, turn, e0, e1, i_bg, N, G, R, FREE, RING)),
-                (write, (d_dq, p_entries, s_ds, s_low, turn, e0, e1, ROW0 * FREE, R, RING)),
+                (write, (d_dq, p_entries, s_ds, s_low, turn, e0, e1, ROW0 * FREE, R, RING, PANELS)),
             ],
             [1, 1],
             REGISTERS,
@@ -266,7 +273,7 @@ def fits(p: Problem, s: Selection) -> bool:
     """Whether `selected_gradient_parts` here takes a call (on a GPU that `has_tiles`)."""
     return (
         p.dtype in DTYPES
-        and p.d == p.e == WIDTH.value
+        and p.d == p.e and p.d in DIMS
         and p.r in HEADS
         and p.config.select_block == s.bs == KEYS.value
         and not s.causal
@@ -293,5 +300,5 @@ def selected_gradient_parts(
         head_boxes(v, keys, width), d_dq, part_dk, part_dv, lse, delta, delta if gate is None else gate, i.entries, i.ends,
         i.items, i.item_list, i.item_start, i.items if first is None else first, units[0] * i.blocks, units[1] * i.blocks, row0,
         p.n, s.a_head, i.blocks, p.scale_log2, p.scale, G=p.g, R=heads, FREE=s.free, ITEM=i.item, PACKED=p.packed,
-        GATED=gate is not None, RING=RING, REGISTERS=REGISTERS, num_warps=4, maxnreg=MOST_REGISTERS,
+        GATED=gate is not None, RING=RING, PANELS=p.d // width, REGISTERS=REGISTERS, num_warps=4, maxnreg=MOST_REGISTERS,
     )  # fmt: skip

@@ -42,7 +42,7 @@ ROWS = gl.constexpr(64)
 """Of a stage: tokens times a group's heads. The first side of a product of the tensor cores has as many."""
 KEYS = gl.constexpr(64)
 """Of a block."""
-DIM = gl.constexpr(128)
+DIMS = (64, 128)
 """Channels of queries, keys and values."""
 PANEL = gl.constexpr(64)
 """Channels that lie side by side on chip."""
@@ -94,6 +94,7 @@ def load_all(
     d_q, d_k, d_v, s_q, s_k, s_v, s_item, full, free, full_kv, free_kv = args
     p_entries, p_ends, p_items, p_item_list, p_item_start, p_ticket, LIST0, LIST1, N, UNITS_A_HEAD, BLOCKS = numbers
     BQ: gl.constexpr = ROWS // R
+    PANELS: gl.constexpr = d_k.block_shape[3] // PANEL
     i_w, items, end = gl.load(p_items + LIST0), gl.load(p_items + LIST1), gl.load(p_ends + LIST1)
     dealt = i_w + gl.num_programs(0)  # every program's first item; the others are taken by who comes first
     i_w += gl.program_id(0)
@@ -125,10 +126,11 @@ def load_all(
                     b_t += (gl.load(p_entries + gl.minimum(e + i, e1 - 1)) // FREE - i_bg * N,)
                 slot = stage % RING
                 mbarrier.wait(free.index(slot), ((stage // RING) & 1) ^ 1)
-                mbarrier.expect(full.index(slot), 2 * BQ * d_q.block_type.nbytes)
+                mbarrier.expect(full.index(slot), PANELS * BQ * d_q.block_type.nbytes)
                 for i in gl.static_range(BQ):
-                    for j in gl.static_range(2):
-                        load_box(d_q, [i_b, i_g * R, b_t[i], j * PANEL], full.index(slot), s_q.index((slot * 2 + j) * BQ + i))
+                    for j in gl.static_range(PANELS):
+                        s_box = s_q.index((slot * PANELS + j) * BQ + i)
+                        load_box(d_q, [i_b, i_g * R, b_t[i], j * PANEL], full.index(slot), s_box)
                 stage += 1
             i_w, e0, e1, i_list, i_next = i_next, e0_next, e1_next, list_next, i_after
     slot_kv = stage_kv % RING_KV
@@ -138,7 +140,7 @@ def load_all(
 
 
 @gluon.jit
-def store_all(args, R: gl.constexpr, FREE: gl.constexpr):
+def store_all(args, R: gl.constexpr, FREE: gl.constexpr, PANELS: gl.constexpr):
     """The warp that stores. A stage is free when it has been read, which is waited for one stage later."""
     d_o, s_o, s_item, done, free, full_kv, free_kv, p_entries, ROW0 = args
     BQ: gl.constexpr = ROWS // R
@@ -157,11 +159,11 @@ def store_all(args, R: gl.constexpr, FREE: gl.constexpr):
             mbarrier.wait(done.index(slot), (stage // RING) & 1)
             for i in gl.static_range(BQ):
                 if e + i < e1:
-                    for j in gl.static_range(2):
-                        store_box(d_o, [0, b_place[i], b_row[i], j * PANEL], s_o.index((slot * 2 + j) * BQ + i))
+                    for j in gl.static_range(PANELS):
+                        store_box(d_o, [0, b_place[i], b_row[i], j * PANEL], s_o.index((slot * PANELS + j) * BQ + i))
             if stage > 0:
                 if e + BQ <= e1:
-                    tma.store_wait(2 * BQ)  # all but this stage's
+                    tma.store_wait(PANELS * BQ)  # all but this stage's
                 else:
                     tma.store_wait(0)
                 mbarrier.arrive(free.index((stage - 1) % RING), count=1)
@@ -176,6 +178,7 @@ def attend_all(args, WHICH: gl.constexpr, R: gl.constexpr, FREE: gl.constexpr):
     """The WHICH-th consumer: every CONSUMERS-th stage."""
     s_q, s_k, s_v, s_item, full, done, full_kv, free_kv, p_lse, p_entries, ROW0, rows, scale = args
     BQ: gl.constexpr = ROWS // R
+    DIM: gl.constexpr = s_v.shape[2]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     dtype: gl.constexpr = s_q.dtype
@@ -230,13 +233,15 @@ def parts_tiles(
     # A buffer has one consumer: who waits for its next queries has seen the ones before, and a phase's parity tells them apart.
     gl.static_assert(RING % CONSUMERS == 0)
     BQ: gl.constexpr = ROWS // R
+    DIM: gl.constexpr = d_k.block_shape[3]
+    PANELS: gl.constexpr = DIM // PANEL
     dtype: gl.constexpr = d_q.dtype
     TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, DIM], dtype)
     s_q = gl.allocate_shared_memory(dtype, [RING, ROWS, DIM], TILE)
     s_k = gl.allocate_shared_memory(dtype, [RING_KV, KEYS, DIM], TILE)
     s_v = gl.allocate_shared_memory(dtype, [RING_KV, KEYS, DIM], TILE)
-    s_q_boxes = view(s_q, dtype, [RING * 2 * BQ, 1, R, 1, PANEL], d_q.layout)
-    s_o_boxes = view(s_q, dtype, [RING * 2 * BQ, 1, 1, R, PANEL], d_o.layout)
+    s_q_boxes = view(s_q, dtype, [RING * PANELS * BQ, 1, R, 1, PANEL], d_q.layout)
+    s_o_boxes = view(s_q, dtype, [RING * PANELS * BQ, 1, 1, R, PANEL], d_o.layout)
     s_k_boxes = view(s_k, dtype, [RING_KV, 1, 1, KEYS, DIM], d_k.layout)
     s_v_boxes = view(s_v, dtype, [RING_KV, 1, 1, KEYS, DIM], d_v.layout)
     s_item = gl.allocate_shared_memory(gl.int32, [RING_KV * 2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -265,7 +270,7 @@ def parts_tiles(
             (attend_all, (attend, 1, R, FREE)),
             (attend_all, (attend, 2, R, FREE)),
             (load_all, (load, numbers, p_sel_start, G, R, FREE, ITEM, PACKED)),
-            (store_all, (store, R, FREE)),
+            (store_all, (store, R, FREE, PANELS)),
         ],
         [4, 4, 1, 1],
         REGISTERS,
@@ -278,7 +283,7 @@ def fits(p: Problem, s: Selection) -> bool:
     return (
         p.dtype in DTYPES
         and p.r in HEADS
-        and (p.d, p.e) == (DIM.value, DIM.value)
+        and p.d == p.e and p.d in DIMS
         and (p.config.select_block, s.bs) == (KEYS.value, KEYS.value)
         and s.free > 0
         and not s.causal
@@ -295,7 +300,7 @@ def selected_parts(
     ticket = torch.zeros(1, dtype=torch.int32, device=p.device)
     programs = min(cores(p.device), i.most_items(units[1] - units[0], s.part_entries()))
     parts_tiles[(programs,)](
-        head_boxes(q, 1, PANEL.value, heads=p.r), head_boxes(k, KEYS.value, DIM.value), head_boxes(v, KEYS.value, DIM.value),
+        head_boxes(q, 1, PANEL.value, heads=p.r), head_boxes(k, KEYS.value, p.d), head_boxes(v, KEYS.value, p.d),
         head_boxes(part_o, p.r, PANEL.value), part_lse, i.entries, i.ends, i.items, i.item_list, i.item_start,
         p.table("sel_start"), ticket, units[0] * i.blocks, units[1] * i.blocks, row0, s.part_rows(), p.n, s.a_head, i.blocks,
         p.scale_log2, G=p.g, R=p.r, FREE=s.free, ITEM=i.item, PACKED=p.packed, REGISTERS=REGISTERS, num_warps=4,
