@@ -36,26 +36,26 @@ def test_they_compile_for_hopper_on_a_machine_without_a_gpu_and_fit_on_its_chip(
 
 
 @pytest.mark.parametrize(
-    ("problem", "attend", "parts"),
+    ("problem", "attend", "parts", "gradient"),
     [
-        (PAPER, True, True),
-        (replace(PAPER, dtype=torch.float16, h=64, g=2), True, True),
-        (replace(PAPER, dtype=torch.float32), False, False),
-        (replace(PAPER, d=64, e=64), False, True),
-        (replace(PAPER, d=96, e=128), True, False),  # zeros beside the channels cost products, but no other kernel
-        (replace(PAPER, d=192), False, False),
-        (replace(PAPER, h=4), True, False),  # boxes of fewer than 8 heads are no whole pattern of shared memory
-        (replace(PAPER, h=12), True, False),
-        (replace(PAPER, config=NSAConfig(num_local=0)), True, False),  # a query's own block among the free ones
-        (replace(PAPER, config=NSAConfig(select_block=128)), True, False),
-        (replace(PAPER, config=NSAConfig(num_selected=3)), True, False),  # nothing to choose
+        (PAPER, True, True, True),
+        (replace(PAPER, dtype=torch.float16, h=64, g=2), True, True, True),
+        (replace(PAPER, dtype=torch.float32), False, False, False),
+        (replace(PAPER, d=64, e=64), False, False, True),
+        (replace(PAPER, d=96, e=128), True, False, False),  # zeros beside the channels cost products, but no other kernel
+        (replace(PAPER, d=192), False, False, False),
+        (replace(PAPER, h=4), True, False, False),  # boxes of fewer than 8 heads are no whole pattern of shared memory
+        (replace(PAPER, h=12), True, False, False),
+        (replace(PAPER, config=NSAConfig(num_local=0)), True, False, False),  # a query's own block among the free ones
+        (replace(PAPER, config=NSAConfig(select_block=128)), True, False, False),
+        (replace(PAPER, config=NSAConfig(num_selected=3)), True, False, False),  # nothing to choose
     ],
 )
-def test_what_they_cannot_do_is_left_to_the_portable_kernels(problem: Problem, attend: bool, parts: bool) -> None:
+def test_what_they_cannot_do_is_left_to_the_portable_kernels(problem: Problem, attend: bool, parts: bool, gradient: bool) -> None:
     indices = torch.zeros(1, problem.g, problem.n, problem.config.num_selected, dtype=torch.int32)
     ways = [Selection(indices, problem, forced=True, way=way) for way in ("forward", "backward")]
     assert attend_tiles.fits(problem) == attend
-    assert [parts_tiles.fits(problem, ways[0]), gradient_tiles.fits(problem, ways[1])] == [parts, parts]
+    assert [parts_tiles.fits(problem, ways[0]), gradient_tiles.fits(problem, ways[1])] == [parts, gradient]
 
 
 def test_lists_of_any_blocks_are_left_to_the_portable_kernels() -> None:

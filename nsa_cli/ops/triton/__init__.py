@@ -4,6 +4,7 @@
     selection     importance and the exact choice of blocks
     index         the inverted index of a selection
     selected      selected attention, key blocks outside; selected_gradient, its gradients
+    *_tiles       what Hopper GPUs run instead where it is faster: attend_tiles, parts_tiles, gradient_tiles
     gates         what the backward needs of every row
     windows       compression's memory movement
     problem       sizes, packed documents' tables, descriptors of one call
@@ -12,6 +13,7 @@
     group         the same in one launch, for batches; group_tiles, on Hopper's tensor cores
     append        a token's projections into the cache, before decode
     linear        products of a few rows, around both; linear_tiles, of a batch, on Hopper's tensor cores
+    hopper        what the kernels in Gluon share; device, what launches ask of a GPU
     residual      which of them a step's products take, or PyTorch's
     overlap       launches that begin while the kernel before still runs
     operators     PyTorch's custom ops over them, with gradients

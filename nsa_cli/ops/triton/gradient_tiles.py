@@ -32,7 +32,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from nsa_cli.ops.triton.hopper import DTYPES, barrier, head_boxes, load_box, make_barriers, store_box, view
+from nsa_cli.ops.triton.hopper import DTYPES, barrier, head_boxes, layout_of, load_box, make_barriers, store_box, view
 from nsa_cli.ops.triton.problem import Problem
 
 if TYPE_CHECKING:
@@ -292,8 +292,8 @@ def selected_gradient_parts(
     """
     i, heads, width, keys = s.index, p.r, PANEL.value, KEYS.value
     assert i is not None
-    layout = gl.NVMMASharedLayout.get_default_for([heads, width], DTYPES[p.dtype])
-    d_dq = TensorDescriptor(part_dq, [part_dq.shape[0] * heads, p.d], [p.d, 1], [heads, width], layout)
+    rows = [part_dq.shape[0] * heads, p.d]
+    d_dq = TensorDescriptor(part_dq, rows, [p.d, 1], [heads, width], layout_of(heads, width, dtype=p.dtype))
     first = p.table("sel_start")
     gradient_tiles[(i.most_items(units[1] - units[0], s.part_entries()),)](
         head_boxes(q, 1, width, heads=heads), head_boxes(do, 1, width, heads=heads), head_boxes(k, keys, width),

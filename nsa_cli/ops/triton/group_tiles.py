@@ -18,7 +18,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nsa_cli.ops.triton.attend import LEAST
 from nsa_cli.ops.triton.device import cores
-from nsa_cli.ops.triton.hopper import DTYPES, barrier, load_box, view
+from nsa_cli.ops.triton.hopper import DTYPES, barrier, layout_of, load_box, view
 from nsa_cli.ops.triton.linear_tiles import release, wait
 from nsa_cli.ops.triton.overlap import overlap
 from nsa_cli.ops.triton.problem import Problem, next_power_of_2
@@ -446,5 +446,5 @@ def attend_in_one(
 def _boxes(x: Tensor, rows: int, dim: int) -> TensorDescriptor:
     """x [b, g, s, d] as rows, in boxes of `rows` x dim, zeros outside."""
     b, g, s, d = x.shape
-    layout = gl.NVMMASharedLayout.get_default_for([rows, dim], DTYPES[x.dtype])
-    return TensorDescriptor(x, [(b * g - 1) * _rows(x) + s, d], [x.stride(2), 1], [rows, dim], layout)
+    shape = [(b * g - 1) * _rows(x) + s, d]
+    return TensorDescriptor(x, shape, [x.stride(2), 1], [rows, dim], layout_of(rows, dim, dtype=x.dtype))

@@ -9,6 +9,8 @@ these kernels: each of them has a portable one beside it, which is the definitio
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -53,5 +55,11 @@ def head_boxes(x: Tensor, rows: int, width: int, *, heads: int = 1) -> TensorDes
     `width` channels of at most 128 bytes are a panel on chip; more are panels, one behind the other.
     """
     shape, box = list(x.shape), [1, heads, rows, width]
-    layout = gl.NVMMASharedLayout.get_default_for(box, DTYPES[x.dtype])
-    return TensorDescriptor(x, shape, [*lawful_strides(shape[:3], list(x.stride()[:3]), 16), 1], box, layout)
+    strides = [*lawful_strides(shape[:3], list(x.stride()[:3]), 16), 1]
+    return TensorDescriptor(x, shape, strides, box, layout_of(*box, dtype=x.dtype))
+
+
+@cache
+def layout_of(*box: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """How a box lies in shared memory. (To find out takes the host 7 microseconds.)"""
+    return gl.NVMMASharedLayout.get_default_for(list(box), DTYPES[dtype])

@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nsa_cli.ops.triton.device import cores
-from nsa_cli.ops.triton.hopper import DTYPES, barrier, load_box
+from nsa_cli.ops.triton.hopper import DTYPES, barrier, layout_of, load_box
 from nsa_cli.ops.triton.overlap import overlap
 from nsa_cli.ops.triton.problem import cdiv, next_power_of_2
 from nsa_cli.ops.triton.residual import Ahead
@@ -274,5 +274,4 @@ def linear_tiles(
 def _boxes(x: Tensor, rows: int) -> TensorDescriptor:
     """x [.., k] in boxes of rows x CHUNK, zeros outside."""
     x = x.view(-1, x.shape[-1])
-    layout = gl.NVMMASharedLayout.get_default_for([rows, CHUNK], DTYPES[x.dtype])
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, CHUNK], layout)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, CHUNK], layout_of(rows, CHUNK, dtype=x.dtype))

@@ -42,10 +42,10 @@ ROWS = gl.constexpr(64)
 """Of a stage: tokens times a group's heads. The first side of a product of the tensor cores has as many."""
 KEYS = gl.constexpr(64)
 """Of a block."""
-DIMS = (64, 128)
-"""Channels of queries, keys and values."""
-PANEL = gl.constexpr(64)
-"""Channels that lie side by side on chip."""
+DIM = gl.constexpr(128)
+"""Channels of queries, keys and values. With 64 the portable kernel is faster."""
+PANEL, PANELS = gl.constexpr(64), gl.constexpr(2)
+"""Channels that lie side by side on chip, and how many times as many there are."""
 HEADS = (8, 16, 32)
 """Of a group: whole 1 KiB patterns of the copy engine, and whole queries in a stage."""
 
@@ -94,7 +94,6 @@ def load_all(
     d_q, d_k, d_v, s_q, s_k, s_v, s_item, full, free, full_kv, free_kv = args
     p_entries, p_ends, p_items, p_item_list, p_item_start, p_ticket, LIST0, LIST1, N, UNITS_A_HEAD, BLOCKS = numbers
     BQ: gl.constexpr = ROWS // R
-    PANELS: gl.constexpr = d_k.block_shape[3] // PANEL
     i_w, items, end = gl.load(p_items + LIST0), gl.load(p_items + LIST1), gl.load(p_ends + LIST1)
     dealt = i_w + gl.num_programs(0)  # every program's first item; the others are taken by who comes first
     i_w += gl.program_id(0)
@@ -140,7 +139,7 @@ def load_all(
 
 
 @gluon.jit
-def store_all(args, R: gl.constexpr, FREE: gl.constexpr, PANELS: gl.constexpr):
+def store_all(args, R: gl.constexpr, FREE: gl.constexpr):
     """The warp that stores. A stage is free when it has been read, which is waited for one stage later."""
     d_o, s_o, s_item, done, free, full_kv, free_kv, p_entries, ROW0 = args
     BQ: gl.constexpr = ROWS // R
@@ -178,7 +177,6 @@ def attend_all(args, WHICH: gl.constexpr, R: gl.constexpr, FREE: gl.constexpr):
     """The WHICH-th consumer: every CONSUMERS-th stage."""
     s_q, s_k, s_v, s_item, full, done, full_kv, free_kv, p_lse, p_entries, ROW0, rows, scale = args
     BQ: gl.constexpr = ROWS // R
-    DIM: gl.constexpr = s_v.shape[2]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     dtype: gl.constexpr = s_q.dtype
@@ -233,8 +231,6 @@ def parts_tiles(
     # A buffer has one consumer: who waits for its next queries has seen the ones before, and a phase's parity tells them apart.
     gl.static_assert(RING % CONSUMERS == 0)
     BQ: gl.constexpr = ROWS // R
-    DIM: gl.constexpr = d_k.block_shape[3]
-    PANELS: gl.constexpr = DIM // PANEL
     dtype: gl.constexpr = d_q.dtype
     TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, DIM], dtype)
     s_q = gl.allocate_shared_memory(dtype, [RING, ROWS, DIM], TILE)
@@ -270,7 +266,7 @@ def parts_tiles(
             (attend_all, (attend, 1, R, FREE)),
             (attend_all, (attend, 2, R, FREE)),
             (load_all, (load, numbers, p_sel_start, G, R, FREE, ITEM, PACKED)),
-            (store_all, (store, R, FREE, PANELS)),
+            (store_all, (store, R, FREE)),
         ],
         [4, 4, 1, 1],
         REGISTERS,
@@ -283,7 +279,7 @@ def fits(p: Problem, s: Selection) -> bool:
     return (
         p.dtype in DTYPES
         and p.r in HEADS
-        and p.d == p.e and p.d in DIMS
+        and p.d == p.e == DIM.value
         and (p.config.select_block, s.bs) == (KEYS.value, KEYS.value)
         and s.free > 0
         and not s.causal
