@@ -130,7 +130,7 @@ class Tuner:
     def kernels(self) -> list[str]:
         """Those that have candidates, in tuning's order, of the ones that run here: some geometries, and GPUs with kernels of
         their own, leave some out."""
-        with tuning.recorded() as asked:
+        with tuning.overridden(self.table), tuning.recorded() as asked:
             self.forward()
             self.backward()
         return [kernel for kernel in tuning.KERNELS if kernel in CANDIDATES and kernel in asked]

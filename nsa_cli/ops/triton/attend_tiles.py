@@ -10,6 +10,8 @@ Forward, of tile j: S_j = q k_j^T is asked for, then o += P_(j+1) v_(j+1), then 
 float32, since halves would be unpacked and packed again. A row's sum stays with the threads that have parts of it.
 Gradient: S_j and do v_j^T are asked for, then dq += dS_(j+1) k_(j+1), then comes dS_j = P_j (do v_j^T - delta).
 
+Triton puts a barrier of the four warps before each arrival at a barrier in memory, and around the writes that the copy engine
+sends: the code relies on it.
 `attend.attend_forward` and `attend.attend_dq` are the same functions for everything else.
 """
 

@@ -7,6 +7,9 @@ from functools import cache
 import torch
 import triton
 
+GLUON = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
+"""Whether Triton has the language of the kernels named `*_tiles` (`hopper`) as they use it."""
+
 
 @cache
 def cores(device: torch.device) -> int:
@@ -16,7 +19,6 @@ def cores(device: torch.device) -> int:
 
 @cache
 def has_tiles(device: torch.device) -> bool:
-    """Whether the kernels named `*_tiles` run: on Hopper, with a Triton that has their language (`hopper`)."""
-    if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) != (9, 0):
-        return False
-    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
+    """Whether the kernels named `*_tiles` run: on Hopper, with a Triton that has their language."""
+    on_cuda = device.type == "cuda" and torch.version.cuda is not None
+    return GLUON and on_cuda and torch.cuda.get_device_capability(device) == (9, 0)

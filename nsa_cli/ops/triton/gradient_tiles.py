@@ -11,13 +11,14 @@ or waits; each has
 
 Rows are the products' second side, S^T = k q^T and dP^T = v do^T: P^T and dS^T are then in the registers just as they must be
 for dv += P^T do and dk += dS^T q. dS^T goes to shared memory for dq = dS k, which comes in two halves of 64 channels: the lower
-one is staged in a buffer of its own, the higher one where dS^T was. That makes 112 KB of buffers, and 113 fit twice.
+one is staged in a buffer of its own, the higher one where dS^T was. That makes 112 KB of buffers, and 113 fit twice. (All this
+for heads of 128 channels; of 64, q and do of a query are one box each, dq has no halves, and buffers take 65 KB.)
 
 What an item has no query for is a box outside the tensor, zeros, with a log-sum-exp of infinity; its dq is not sent.
 
 A step moves 48 KB between a multiprocessor and the cache (q and do in, dq out) for 5.2 MFLOP, and asks shared memory for about
-1500 cycles and the tensor cores for 1280: at 65,536 tokens of 64 heads 7.5, 6 and 5.6 ms. `selected_gradient` is the same for
-everything else.
+1500 cycles and the tensor cores for 1280: bounds of 7.5, 6 and 5.6 ms at 65,536 tokens of 64 heads. `selected_gradient` is the
+same for everything else.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disable-error-code="assignment,var-annotated"

@@ -1,8 +1,8 @@
 """What the kernels in Gluon share: names that Triton has changed, and boxes of the copy engine.
 
-Gluon (triton.experimental.gluon, in the triton package from 3.6 on) says what every warp does, and its layouts; Hopper's
-copy engine and tensor cores work asynchronously there. Triton's interpreter cannot run it, so that only a GPU's tests see
-these kernels: each of them has a portable one beside it, which is the definition.
+Gluon (triton.experimental.gluon, as the triton package has it from 3.6 on) says what every warp does, and its layouts;
+Hopper's copy engine and tensor cores work asynchronously there. Triton's interpreter cannot run it: only a GPU's tests see what
+these kernels compute, others that they compile (tests/compiling.py). Each of them has a portable one beside it, the definition.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
