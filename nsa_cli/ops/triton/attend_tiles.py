@@ -147,8 +147,8 @@ def attend_step(
 @gluon.jit
 def forward_consumer(
     W: gl.constexpr, d_o, p_lse, p_start, p_base, s_q, s_k, s_v, s_o, s_o_box, full_q, full_k, full_v, empty_q, empty_k, empty_v,
-    N, OFFSET, GRID, scale, UNITS: gl.constexpr, SHARE: gl.constexpr, LENGTH: gl.constexpr, STRIDE: gl.constexpr,
-    PACKED: gl.constexpr, DV: gl.constexpr, BN: gl.constexpr, RING: gl.constexpr,
+    N, OFFSET, GRID, scale, UNITS: gl.constexpr, LENGTH: gl.constexpr, STRIDE: gl.constexpr, PACKED: gl.constexpr,
+    DV: gl.constexpr, BN: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
     """The W-th 64 queries of every unit."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
@@ -253,7 +253,7 @@ def gradient_step(
 @gluon.jit
 def gradient_consumer(
     W: gl.constexpr, d_dq, p_lse, p_delta, p_gate, p_start, p_base, s_q, s_do, s_k, s_v, s_o, s_o_box, full_q, full_k, full_v,
-    empty_q, empty_k, empty_v, N, OFFSET, GRID, scale, dq_scale, UNITS: gl.constexpr, SHARE: gl.constexpr, LENGTH: gl.constexpr,
+    empty_q, empty_k, empty_v, N, OFFSET, GRID, scale, dq_scale, UNITS: gl.constexpr, LENGTH: gl.constexpr,
     STRIDE: gl.constexpr, PACKED: gl.constexpr, GATED: gl.constexpr, DK: gl.constexpr, BN: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
     """The W-th 64 queries of every unit."""
@@ -353,8 +353,8 @@ def produce(
 @gluon.jit(do_not_specialize=["N", "OFFSET", "GRID"])
 def forward_tiles(
     d_q, d_k, d_v, d_o, p_lse, p_start, p_base, N, OFFSET, GRID, scale, UNITS: gl.constexpr, SHARE: gl.constexpr,
-    LENGTH: gl.constexpr, STRIDE: gl.constexpr, PACKED: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr, BN: gl.constexpr,
-    RING: gl.constexpr, REGISTERS: gl.constexpr,
+    LENGTH: gl.constexpr, STRIDE: gl.constexpr, PACKED: gl.constexpr, DV: gl.constexpr, BN: gl.constexpr, RING: gl.constexpr,
+    REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """`attend.attend_forward` of compressed keys, one head a tile. GRID: batch entries times heads."""
     s_q, s_q_box = make_tiles(d_q, 2)
@@ -369,11 +369,11 @@ def forward_tiles(
         [
             (forward_consumer, (
                 0, d_o, p_lse, p_start, p_base, s_q, s_k, s_v, s_o, s_o_box, full_q, full_k, full_v, empty_q, empty_k, empty_v,
-                N, OFFSET, GRID, scale, UNITS, SHARE, LENGTH, STRIDE, PACKED, DV, BN, RING,
+                N, OFFSET, GRID, scale, UNITS, LENGTH, STRIDE, PACKED, DV, BN, RING,
             )),
             (forward_consumer, (
                 1, d_o, p_lse, p_start, p_base, s_q, s_k, s_v, s_o, s_o_box, full_q, full_k, full_v, empty_q, empty_k, empty_v,
-                N, OFFSET, GRID, scale, UNITS, SHARE, LENGTH, STRIDE, PACKED, DV, BN, RING,
+                N, OFFSET, GRID, scale, UNITS, LENGTH, STRIDE, PACKED, DV, BN, RING,
             )),
             (produce, (
                 d_q, d_q, d_k, d_v, p_start, p_base, s_q_box, s_q_box, s_k_box, s_v_box, full_q, full_k, full_v, empty_q,
@@ -389,7 +389,7 @@ def forward_tiles(
 def dq_tiles(
     d_q, d_do, d_k, d_v, d_dq, p_lse, p_delta, p_gate, p_start, p_base, N, OFFSET, GRID, scale, dq_scale, UNITS: gl.constexpr,
     SHARE: gl.constexpr, LENGTH: gl.constexpr, STRIDE: gl.constexpr, PACKED: gl.constexpr, GATED: gl.constexpr, DK: gl.constexpr,
-    DV: gl.constexpr, BN: gl.constexpr, RING: gl.constexpr, REGISTERS: gl.constexpr,
+    BN: gl.constexpr, RING: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """`attend.attend_dq` of compressed keys, one head a tile. GRID: batch entries times heads."""
     s_q, s_q_box = make_tiles(d_q, 2)
@@ -405,12 +405,12 @@ def dq_tiles(
         [
             (gradient_consumer, (
                 0, d_dq, p_lse, p_delta, p_gate, p_start, p_base, s_q, s_do, s_k, s_v, s_o, s_o_box, full_q, full_k, full_v,
-                empty_q, empty_k, empty_v, N, OFFSET, GRID, scale, dq_scale, UNITS, SHARE, LENGTH, STRIDE, PACKED, GATED, DK, BN,
+                empty_q, empty_k, empty_v, N, OFFSET, GRID, scale, dq_scale, UNITS, LENGTH, STRIDE, PACKED, GATED, DK, BN,
                 RING,
             )),
             (gradient_consumer, (
                 1, d_dq, p_lse, p_delta, p_gate, p_start, p_base, s_q, s_do, s_k, s_v, s_o, s_o_box, full_q, full_k, full_v,
-                empty_q, empty_k, empty_v, N, OFFSET, GRID, scale, dq_scale, UNITS, SHARE, LENGTH, STRIDE, PACKED, GATED, DK, BN,
+                empty_q, empty_k, empty_v, N, OFFSET, GRID, scale, dq_scale, UNITS, LENGTH, STRIDE, PACKED, GATED, DK, BN,
                 RING,
             )),
             (produce, (
@@ -436,7 +436,7 @@ def _constants(p: Problem, way: str) -> dict[str, object]:
     keys, ring = KEYS[way]
     return {
         "UNITS": p.h, "SHARE": p.r, "LENGTH": p.config.compress_block, "STRIDE": p.config.compress_stride, "PACKED": p.packed,
-        "DK": p.dk, "DV": p.dv, "BN": keys, "RING": ring, "REGISTERS": REGISTERS, "num_warps": 4,
+        "BN": keys, "RING": ring, "REGISTERS": REGISTERS, "num_warps": 4,
     }  # fmt: skip
 
 
@@ -446,7 +446,7 @@ def attend_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, p:
     tables = [lse if table is None else table for table in (p.table("start"), p.table("base"))]
     forward_tiles[_grid(p)](
         head_boxes(q, rows, p.dk), head_boxes(k, keys, p.dk), head_boxes(v, keys, p.dv), head_boxes(out, rows, p.dv), lse,
-        *tables, p.n, p.offset, p.b * p.h, p.scale_log2, **_constants(p, "forward"),
+        *tables, p.n, p.offset, p.b * p.h, p.scale_log2, DV=p.dv, **_constants(p, "forward"),
     )  # fmt: skip
 
 
@@ -459,5 +459,5 @@ def attend_dq(
     dq_tiles[_grid(p)](
         head_boxes(q, rows, p.dk), head_boxes(do, rows, p.dv), head_boxes(k, keys, p.dk), head_boxes(v, keys, p.dv),
         head_boxes(dq, rows, p.dk), lse, delta, delta if gate is None else gate, *tables, p.n, p.offset, p.b * p.h, p.scale_log2,
-        p.scale, GATED=gate is not None, **_constants(p, "dq"),
+        p.scale, GATED=gate is not None, DK=p.dk, **_constants(p, "dq"),
     )  # fmt: skip
