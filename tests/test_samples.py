@@ -124,3 +124,13 @@ def test_the_kernel_table_prints_a_block_a_shape(tmp_path: Path) -> None:
     assert "2 query heads, 2 key/value heads of 16" in table
     assert table.count("triton") == 4
     assert table.count("agree with the float32 reference") == 2
+
+
+@pytest.mark.slow
+def test_the_decode_table_prints_models_and_what_sample_itself_takes(tmp_path: Path) -> None:
+    tiny = ["--heads", "2", "--kv-heads", "1", "--dim-head", "16", "--dim", "16", "--depth", "1", "--budget", "0.01"]
+    sizes = {"ATTENTION": "", "BASE": "1,64", "TOKENS": "8", "PRESET": "tiny"}
+    table = run(SAMPLES / "decode_table.sh", *tiny, cwd=tmp_path, **sizes).stdout
+    assert table.count("decode attention: sparse wins") == 1
+    assert len(re.findall(r"nsa: 1 prompts, 8 tokens, [\d,]+ tokens/s; cache: ", table)) == 2
+    assert not list(tmp_path.iterdir())
