@@ -16,6 +16,7 @@ import pytest
 from torch import Tensor
 
 from nsa_cli.checkpoint import read_info
+from nsa_cli.errors import NsaError
 from nsa_cli.training import saving
 from nsa_cli.training.signals import Interruption, catch_signals
 from tests.command_line import NSA, environment, text
@@ -55,6 +56,25 @@ def test_handlers_come_back_after_an_error_too() -> None:
     with pytest.raises(KeyError), catch_signals():
         raise KeyError
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@BOTH_SIGNALS
+def test_a_compiler_that_the_signal_killed_is_an_interruption_and_no_defect(signum: signal.Signals) -> None:
+    def fail(error: Exception, signalled: bool = True) -> None:
+        with catch_signals():
+            if signalled:
+                os.kill(os.getpid(), signum)
+            raise error
+
+    triton = RuntimeError(f"PTXAS error: `ptxas` failed with error code -{int(signum)}\n`ptxas` stderr:")
+    for error in (triton, subprocess.CalledProcessError(-signum, ["cc"])):
+        with pytest.raises(NsaError, match=f"{signum.name} while a kernel was compiled") as raised:
+            fail(error)
+        assert raised.value.exit_code == 128 + signum
+        with pytest.raises(type(error)):
+            fail(error, signalled=False)
+    with pytest.raises(RuntimeError, match="error code 1"):
+        fail(RuntimeError("`ptxas` failed with error code 1"))
 
 
 def test_in_another_thread_signals_are_left_alone() -> None:

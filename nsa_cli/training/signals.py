@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from nsa_cli.errors import NsaError
+
 CAUGHT = (signal.SIGINT, signal.SIGTERM)
 
 SAME_S = 0.25
@@ -41,6 +43,9 @@ def catch_signals() -> Iterator[Interruption]:
     After the first signal the system's default action is put back for both, so that the second kills the process (the
     shell sees 130 or 143) even while it is deep in a computation that does not return to Python. The handlers found on
     entry are put back on exit. Outside the main thread, where Python allows no handlers, the flag is never set.
+
+    A compiler that the same signal killed makes an error of Triton's or torch's: it leaves as an NsaError with the signal's exit
+    code. Nothing is saved then, and nothing was lost but what came after the last save.
     """
     interruption = Interruption()
     if threading.current_thread() is not threading.main_thread():
@@ -58,7 +63,17 @@ def catch_signals() -> Iterator[Interruption]:
     before = {each: signal.signal(each, remember) for each in CAUGHT}
     try:
         yield interruption
+    except Exception as error:
+        if interruption.signum is not None and _killed(error, interruption.signum):
+            message, hint = f"{interruption.name} while a kernel was compiled", "what was saved before stands"
+            raise NsaError(message, hint, 128 + interruption.signum) from error
+        raise
     finally:
         for each, handler in before.items():
             # None: a handler that was not installed from Python and cannot be put back by it.
             signal.signal(each, signal.SIG_DFL if handler is None else handler)
+
+
+def _killed(error: Exception, signum: int) -> bool:
+    """Whether a child process ended by the signal is why. Triton tells its compiler's return code in words."""
+    return getattr(error, "returncode", None) == -signum or f"failed with error code -{signum}" in str(error)
