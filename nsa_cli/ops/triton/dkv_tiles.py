@@ -8,13 +8,14 @@ consumer a multiprocessor has two programs, which suits a branch of few keys; wi
 the cache.
 
 Rows are the products' second side, S^T = k q^T and dP^T = v do^T: P^T and dS^T are then in the registers just as they must be
-for dv += P^T do and dk += dS^T q. Of step i, in the tensor cores' order:
+for dv += P^T do and dk += dS^T q. The order of a step's products:
 
-  S_i and dP_i are asked for while dk_(i-1) and dv_(i-1) are still being made (EARLY: S_i, then dk_(i-1), then dP_i)
-  P_i as soon as S_i is there; dv_i is asked for; dS_i as soon as dP_i is there; dk_i is asked for (EARLY: a step later)
+  S_i and dP_i are asked for; P_i when S_i is there; dv_i is asked for; dS_i when dP_i is there; dk_i is asked for, awaited
+  EARLY: S_i, dk_(i-1) and dP_i are asked for; P_i when S_i is there; dv_i is asked for; dS_i when dP_i is there; dv_i is awaited
 
-so that the tensor cores have work while a consumer takes exponentials. A buffer of q goes back when dk of its step is made, one
-of do (with the numbers) when dv is: both are known in the step that follows, or behind the last one.
+EARLY, the tensor cores have two products for the time of the exponentials, not one, and a step's buffers go back in the next one.
+dS crosses the step in float32, since halves would be unpacked and packed again. (It needs the 240 registers of two consumers
+for products that do not wait for one another, and so do products that cross a step.)
 
 Tokens outside the tensor come as zeros, numbers too: P = 1 then meets do = 0, and dS = 0 meets q = 0. A program without queries
 takes one such step. Of splits the last come first, all key tiles' at a time, which read the same queries; but those at the
@@ -129,7 +130,7 @@ def make_steps(d_x, COUNT: gl.constexpr):
 
 @gluon.jit
 def produce(
-    d_q, d_do, p_lse, p_delta, p_gate, s_q, s_do, s_lse, s_delta, s_gate, full_q, full_do, empty_q, empty_do, t0, steps, i_b,
+    d_q, d_do, p_lse, p_delta, p_gate, s_q, s_do, s_lse, s_delta, s_gate, full_q, full_do, empty, t0, steps, i_b,
     i_g, N, G: gl.constexpr, R: gl.constexpr, GATED: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
     """Every step's q, do and numbers."""
@@ -148,10 +149,9 @@ def produce(
         b_delta = gl.load(p_delta + o_row, mask=o_t < N, other=0.0)
         if GATED:
             b_gate = gl.load(p_gate + o_row, mask=o_t < N, other=0.0)
-        mbarrier.wait(empty_q.index(slot), phase ^ 1)
+        mbarrier.wait(empty.index(slot), phase ^ 1)
         mbarrier.expect(full_q.index(slot), d_q.block_type.nbytes)
         load_box(d_q, [i_b, t0, i_g * R, 0], full_q.index(slot), s_q.index(slot))
-        mbarrier.wait(empty_do.index(slot), phase ^ 1)
         s_lse.index(slot).store(b_lse)
         s_delta.index(slot).store(b_delta)
         if GATED:
@@ -163,18 +163,17 @@ def produce(
 
 
 @gluon.jit
-def pass_over(full_q, full_do, empty_q, empty_do, i, RING: gl.constexpr):
+def pass_over(full_q, full_do, empty, i, RING: gl.constexpr):
     """A step that this consumer does not need."""
     slot, phase = i % RING, (i // RING) & 1
     mbarrier.wait(full_q.index(slot), phase)
     mbarrier.wait(full_do.index(slot), phase)
-    mbarrier.arrive(empty_q.index(slot), count=1)
-    mbarrier.arrive(empty_do.index(slot), count=1)
+    mbarrier.arrive(empty.index(slot), count=1)
 
 
 @gluon.jit
 def dkv_step(
-    s_k, s_v, s_q, s_do, s_lse, s_delta, s_gate, full_q, full_do, empty_q, empty_do, i, before, more, b_ds, b_dk, b_dv, t0,
+    s_k, s_v, s_q, s_do, s_lse, s_delta, s_gate, full_q, full_do, empty, i, before, more, b_ds, b_dk, b_dv, t0,
     low, high, all_from, all_to, scale, R: gl.constexpr, GATED: gl.constexpr, RING: gl.constexpr, EARLY: gl.constexpr,
     SCORES: gl.constexpr, WHOLE: gl.constexpr,
 ):  # fmt: skip
@@ -205,27 +204,25 @@ def dkv_step(
         b_p *= gl.expand_dims(s_gate.index(slot).load(ACROSS), 0)
     if EARLY:
         b_p, b_dk = warpgroup_mma_wait(1, [b_p, dk_next])  # b_p: not before the exponentials
-        mbarrier.arrive(empty_q.index(before), count=1, pred=more)
     dv_next = warpgroup_mma(gl.convert_layout(b_p.to(dtype), LEFT), s_do.index(slot), b_dv, is_async=True)
+    if EARLY:
+        mbarrier.arrive(empty.index(before), count=1, pred=more)
     b_dp = warpgroup_mma_wait(1, [dp_next])
     b_ds = b_p * (b_dp - gl.expand_dims(s_delta.index(slot).load(ACROSS), 0))
     if EARLY:
         b_dv = warpgroup_mma_wait(0, [dv_next])
-        mbarrier.arrive(empty_do.index(slot), count=1)
     else:
         b_half = gl.convert_layout(b_ds.to(dtype), LEFT)
         dk_next = warpgroup_mma(b_half, s_q.index(slot), b_dk, is_async=True)
-        b_dv = warpgroup_mma_wait(1, [dv_next])
-        mbarrier.arrive(empty_do.index(slot), count=1)
-        b_dk = warpgroup_mma_wait(0, [dk_next])
-        mbarrier.arrive(empty_q.index(slot), count=1)
+        b_dk, b_dv = warpgroup_mma_wait(0, [dk_next, dv_next])
+        mbarrier.arrive(empty.index(slot), count=1)
     return b_ds, b_dk, b_dv
 
 
 @gluon.jit
 def consume(
     W: gl.constexpr, p_dk, p_dv, p_start, p_end, p_first, p_last, s_k, s_v, s_q, s_do, s_lse, s_delta, s_gate, full_kv, full_q,
-    full_do, empty_q, empty_do, j0, t0, steps, i_part, i_g, N, OFFSET, COUNT, scale, dk_scale, G: gl.constexpr, R: gl.constexpr,
+    full_do, empty, j0, t0, steps, i_part, i_g, N, OFFSET, COUNT, scale, dk_scale, G: gl.constexpr, R: gl.constexpr,
     BRANCH: gl.constexpr, LENGTH: gl.constexpr, STRIDE: gl.constexpr, BLOCK: gl.constexpr, NUM_INIT: gl.constexpr,
     NUM_LOCAL: gl.constexpr, WINDOW: gl.constexpr, PACKED: gl.constexpr, GATED: gl.constexpr, RING: gl.constexpr,
     EARLY: gl.constexpr,
@@ -252,7 +249,7 @@ def consume(
     first = gl.minimum(gl.maximum(from_query - t0, 0) // TOKENS, steps - 1)
     last = gl.minimum(gl.maximum(gl.cdiv(gl.maximum(to_query - t0, 0), TOKENS), first + 1), steps)
     for i in range(0, first):
-        pass_over(full_q, full_do, empty_q, empty_do, i, RING)
+        pass_over(full_q, full_do, empty, i, RING)
     t0 += first * TOKENS
     b_ds = gl.zeros([KEYS, ROWS], gl.float32, layout=SCORES)
     b_dk = gl.zeros([KEYS, WIDTH], gl.float32, layout=WHOLE)
@@ -261,7 +258,7 @@ def consume(
     mbarrier.wait(full_kv, 0)
     for i in range(first, last):
         b_ds, b_dk, b_dv = dkv_step(
-            s_k.index(W), s_v.index(W), s_q, s_do, s_lse, s_delta, s_gate, full_q, full_do, empty_q, empty_do, i, before,
+            s_k.index(W), s_v.index(W), s_q, s_do, s_lse, s_delta, s_gate, full_q, full_do, empty, i, before,
             i > first, b_ds, b_dk, b_dv, t0, low, high, all_from, all_to, scale, R, GATED, RING, EARLY, SCORES, WHOLE,
         )  # fmt: skip
         before = i % RING
@@ -270,9 +267,9 @@ def consume(
         b_half = gl.convert_layout(b_ds.to(s_q.dtype), gl.DotOperandLayout(0, WHOLE, 2))
         dk_next = warpgroup_mma(b_half, s_q.index(before), b_dk, is_async=True)
         b_dk = warpgroup_mma_wait(0, [dk_next])
-        mbarrier.arrive(empty_q.index(before), count=1)
+        mbarrier.arrive(empty.index(before), count=1)
     for i in range(last, steps):
-        pass_over(full_q, full_do, empty_q, empty_do, i, RING)
+        pass_over(full_q, full_do, empty, i, RING)
     o_s = j0 + gl.arange(0, KEYS, layout=gl.SliceLayout(1, WHOLE))
     o_d = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, WHOLE))
     o_out = gl.expand_dims(((i_part.to(gl.int64) * COUNT + o_s) * G + i_g) * WIDTH, 1) + gl.expand_dims(o_d, 0)
@@ -320,8 +317,7 @@ def dkv_tiles(
     if GATED:
         s_gate = make_numbers(RING)
     full_kv = make_barriers(CONSUMERS, 1)
-    full_q, empty_q = make_barriers(RING, 1), make_barriers(RING, CONSUMERS)
-    full_do, empty_do = make_barriers(RING, 1), make_barriers(RING, CONSUMERS)
+    full_q, full_do, empty = make_barriers(RING, 1), make_barriers(RING, 1), make_barriers(RING, CONSUMERS)
     fence_async_shared()
     barrier()
     for w in gl.static_range(CONSUMERS):
@@ -333,12 +329,12 @@ def dkv_tiles(
             [
                 (consume, (
                     0, p_dk, p_dv, p_start, p_end, p_first, p_last, s_k, s_v, s_q, s_do, s_lse, s_delta, s_gate,
-                    full_kv.index(0), full_q, full_do, empty_q, empty_do, j0, t0, steps, i_part, i_g, N, OFFSET, COUNT, scale,
+                    full_kv.index(0), full_q, full_do, empty, j0, t0, steps, i_part, i_g, N, OFFSET, COUNT, scale,
                     dk_scale, G, R, BRANCH, LENGTH, STRIDE, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED, GATED, RING, EARLY,
                 )),
                 (produce, (
-                    d_q, d_do, p_lse, p_delta, p_gate, s_q_box, s_do_box, s_lse, s_delta, s_gate, full_q, full_do, empty_q,
-                    empty_do, t0, steps, i_b, i_g, N, G, R, GATED, RING,
+                    d_q, d_do, p_lse, p_delta, p_gate, s_q_box, s_do_box, s_lse, s_delta, s_gate, full_q, full_do, empty,
+                    t0, steps, i_b, i_g, N, G, R, GATED, RING,
                 )),
             ],
             [1],
@@ -349,17 +345,17 @@ def dkv_tiles(
             [
                 (consume, (
                     0, p_dk, p_dv, p_start, p_end, p_first, p_last, s_k, s_v, s_q, s_do, s_lse, s_delta, s_gate,
-                    full_kv.index(0), full_q, full_do, empty_q, empty_do, j0, t0, steps, i_part, i_g, N, OFFSET, COUNT, scale,
+                    full_kv.index(0), full_q, full_do, empty, j0, t0, steps, i_part, i_g, N, OFFSET, COUNT, scale,
                     dk_scale, G, R, BRANCH, LENGTH, STRIDE, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED, GATED, RING, EARLY,
                 )),
                 (consume, (
                     1, p_dk, p_dv, p_start, p_end, p_first, p_last, s_k, s_v, s_q, s_do, s_lse, s_delta, s_gate,
-                    full_kv.index(1), full_q, full_do, empty_q, empty_do, j0, t0, steps, i_part, i_g, N, OFFSET, COUNT, scale,
+                    full_kv.index(1), full_q, full_do, empty, j0, t0, steps, i_part, i_g, N, OFFSET, COUNT, scale,
                     dk_scale, G, R, BRANCH, LENGTH, STRIDE, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED, GATED, RING, EARLY,
                 )),
                 (produce, (
-                    d_q, d_do, p_lse, p_delta, p_gate, s_q_box, s_do_box, s_lse, s_delta, s_gate, full_q, full_do, empty_q,
-                    empty_do, t0, steps, i_b, i_g, N, G, R, GATED, RING,
+                    d_q, d_do, p_lse, p_delta, p_gate, s_q_box, s_do_box, s_lse, s_delta, s_gate, full_q, full_do, empty,
+                    t0, steps, i_b, i_g, N, G, R, GATED, RING,
                 )),
             ],
             [4, 1],

@@ -46,6 +46,8 @@ HEADS = gl.constexpr(4)
 """Heads whose log-sum-exps are loaded at a time: 16 bytes."""
 PANEL = gl.constexpr(64)
 """Channels that lie side by side on chip: 128 bytes."""
+EIGHTH = gl.constexpr(8)
+"""Of keys, strides are told in so many numbers, 16 bytes, which is what is copied at a time."""
 LINE = gl.constexpr(16)
 """Keys that are loaded at a time, and queries whose scores are written."""
 DIM = 128
@@ -57,6 +59,8 @@ RING = 6
 DEPTH = 0
 """Heads after which a consumer's products pause, 0: they do not. Two of its products are in flight at a time, or 0: one. (With 4
 ptxas moves exponentials so far that it spills.)"""
+LAG = 1500
+"""Nanoseconds, about, that the second consumer begins later: the one's ends of units then fall into the other's middles."""
 REGISTERS = (224, 56, 56, 56)
 """Of a thread of a consumer, the producer, the loader, the writer."""
 MOST_UNITS = 4
@@ -171,10 +175,15 @@ def weights(b_s, s_lse, scale, POLY: gl.constexpr, MMA: gl.constexpr):
 
 
 @gluon.jit
-def put_blocks(b_p, o_c, low, high, s_own, s_right, RATIO: gl.constexpr, REACH: gl.constexpr, MMA: gl.constexpr):
+def put_blocks(
+    b_p, o_c, low, high, s_own, s_right, RATIO: gl.constexpr, REACH: gl.constexpr, PACKED: gl.constexpr, MMA: gl.constexpr
+):
     """What a product's keys give to their own blocks, and to the next ones."""
-    o_c = gl.expand_dims(o_c, 1)
-    b_p = gl.where((o_c >= gl.expand_dims(low, 0)) & (o_c < gl.expand_dims(high, 0)), b_p, 0.0)
+    o_c = gl.expand_dims(gl.where(o_c < 0, 0x7FFFFFFF, o_c), 1)
+    seen = o_c < gl.expand_dims(high, 0)
+    if PACKED:
+        seen = seen & (o_c >= gl.expand_dims(low, 0))
+    b_p = gl.where(seen, b_p, 0.0)
     o_row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, MMA))
     o_i = o_row % 2 * 2 + o_row // 8 % 2
     own = gl.minimum(RATIO - o_i, REACH + 1).to(gl.float32)
@@ -193,13 +202,15 @@ def consume(
     W: gl.constexpr, p_start, p_sel_base, p_sel_first, p_sel_last, s_q, s_k, s_lse, s_bounds, s_own, s_right, full_q, full_k,
     full_l, full_s, empty_q, empty_k, empty_l, empty_s, T0, T1, OFFSET, KEYS, BLOCKS, GRID, scale, R: gl.constexpr,
     RATIO: gl.constexpr, REACH: gl.constexpr, BLOCK: gl.constexpr, PACKED: gl.constexpr, UNITS: gl.constexpr,
-    RING: gl.constexpr, DEPTH: gl.constexpr, POLY: gl.constexpr,
+    RING: gl.constexpr, DEPTH: gl.constexpr, POLY: gl.constexpr, LAG: gl.constexpr,
 ):  # fmt: skip
     """Products W and W + 2 of every tile."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     ACROSS: gl.constexpr = gl.SliceLayout(0, MMA)
     o_row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, MMA))
+    if W == 1 and LAG > 0:
+        gl.inline_asm_elementwise("nanosleep.u32 $1; mov.b32 $0, $1;", "=r,r", [T0 * 0 + LAG], gl.int32, False, 1)
     stage, i_item, i_unit, before = 0, 0, 0, 0
     for i_row in range(gl.cdiv(T1 - T0, UNITS * ROWS)):
         t0, tile0, tiles, items, first = items_of(
@@ -281,9 +292,9 @@ def consume(
                     mbarrier.arrive(empty_l.index(slot_l), count=1)
                     free(empty_s, i_unit, 1)
                     o_c = keys_of(o_row, j_own, KEYS, BLOCKS, p_sel_first, p_sel_last, RATIO, PACKED)
-                    put_blocks(b_p0, o_c, low, high, s_own.index(W), s_right.index(W), RATIO, REACH, MMA)
+                    put_blocks(b_p0, o_c, low, high, s_own.index(W), s_right.index(W), RATIO, REACH, PACKED, MMA)
                     o_c = keys_of(o_row, j_own + 2 * PART, KEYS, BLOCKS, p_sel_first, p_sel_last, RATIO, PACKED)
-                    put_blocks(b_p1, o_c, low, high, s_own.index(W + 2), s_right.index(W + 2), RATIO, REACH, MMA)
+                    put_blocks(b_p1, o_c, low, high, s_own.index(W + 2), s_right.index(W + 2), RATIO, REACH, PACKED, MMA)
                     mbarrier.arrive(full_s.index(0), count=1)
                     i_unit += 1
 
@@ -342,11 +353,11 @@ def load(
             i_bg = i // tiles
             i_b, i_g = (i_bg // G).to(gl.int64), i_bg % G
             free(empty_k, i_item, 1)
-            p_k_own = p_k + i_b * stride_kb + i_g.to(gl.int64) * stride_kg
+            p_k_own = p_k + (i_b * stride_kb + i_g.to(gl.int64) * stride_kg) * EIGHTH
             for i_line in range(TILE * STEP // LINE):
                 o_row = i_line * LINE + gl.arange(0, LINE, layout=gl.SliceLayout(1, ROW))
                 o_c = keys_of(o_row, j0, KEYS, BLOCKS, p_sel_first, p_sel_last, RATIO, PACKED)
-                o_k = gl.expand_dims(gl.maximum(o_c, 0).to(gl.int64) * stride_ks, 1)
+                o_k = gl.expand_dims(gl.maximum(o_c, 0).to(gl.int64) * stride_ks * EIGHTH, 1)
                 o_k = o_k + gl.expand_dims(gl.arange(0, PANEL, layout=gl.SliceLayout(0, ROW)), 0)
                 for c in gl.static_range(PANELS):
                     s_line = s_lines.index((i_line // LINES * PANELS + c) * LINES + i_line % LINES)
@@ -426,8 +437,8 @@ def write(
 def importance_tiles(
     d_q, p_k, p_lse, p_scores, p_start, p_base, p_sel_base, p_sel_first, p_sel_last, T0, T1, N, OFFSET, KEYS, BLOCKS, GRID,
     scale, stride_kb, stride_kg, stride_ks, G: gl.constexpr, R: gl.constexpr, LENGTH: gl.constexpr, STRIDE: gl.constexpr,
-    BLOCK: gl.constexpr, PACKED: gl.constexpr, UNITS: gl.constexpr, RING: gl.constexpr, DEPTH: gl.constexpr, POLY: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    BLOCK: gl.constexpr, PACKED: gl.constexpr, UNITS: gl.constexpr, RING: gl.constexpr, DEPTH: gl.constexpr,
+    POLY: gl.constexpr, LAG: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """`selection.block_importance`. GRID: batch entries times groups. UNITS: of an item, which is units of one tile."""
     RATIO: gl.constexpr = BLOCK // STRIDE
@@ -453,12 +464,12 @@ def importance_tiles(
             (consume, (
                 0, p_start, p_sel_base, p_sel_first, p_sel_last, s_q, s_k, s_lse, s_bounds, s_own, s_right, full_q, full_k,
                 full_l, full_s, empty_q, empty_k, empty_l, empty_s, T0, T1, OFFSET, KEYS, BLOCKS, GRID, scale, R, RATIO, REACH,
-                BLOCK, PACKED, UNITS, RING, DEPTH, POLY,
+                BLOCK, PACKED, UNITS, RING, DEPTH, POLY, LAG,
             )),
             (consume, (
                 1, p_start, p_sel_base, p_sel_first, p_sel_last, s_q, s_k, s_lse, s_bounds, s_own, s_right, full_q, full_k,
                 full_l, full_s, empty_q, empty_k, empty_l, empty_s, T0, T1, OFFSET, KEYS, BLOCKS, GRID, scale, R, RATIO, REACH,
-                BLOCK, PACKED, UNITS, RING, DEPTH, POLY,
+                BLOCK, PACKED, UNITS, RING, DEPTH, POLY, LAG,
             )),
             (produce, (
                 d_q, p_start, p_sel_base, s_q_box, full_q, empty_q, T0, T1, OFFSET, GRID, G, R, BLOCK, PACKED, UNITS, RING,
@@ -495,11 +506,11 @@ def fits(p: Problem) -> bool:
 
 def block_importance(
     q: Tensor, k_cmp: Tensor, lse: Tensor, scores: Tensor, t0: int, t1: int, p: Problem, *, units: int = 0, ring: int = RING,
-    depth: int = DEPTH, poly: int = 0, registers: tuple[int, ...] = REGISTERS, programs: int = 0,
+    depth: int = DEPTH, poly: int = 0, lag: int = LAG, registers: tuple[int, ...] = REGISTERS, programs: int = 0,
 ) -> None:  # fmt: skip
     """`launch.block_importance`, for a call that `fits`.
 
-    units, ring, poly, registers, programs: for measuring. poly: of eight exponentials so many are polynomials.
+    units, ring, depth, poly, lag, registers, programs: for measuring. poly: of eight exponentials so many are polynomials.
     """
     config, rows = p.config, ROWS.value
     programs = programs or cores(p.device)
@@ -509,9 +520,10 @@ def block_importance(
         while units > 1 and p.b * p.g * tiles * cdiv(t1 - t0, rows * units) < LEAST_ROUNDS * programs:
             units //= 2
     tables = [p.table(name) for name in ("start", "base", "sel_base", "sel_first", "sel_last")]
+    strides = [stride // EIGHTH.value for stride in k_cmp.stride()[:3]]
     importance_tiles[(programs,)](
         head_boxes(q, rows, p.dk), k_cmp, lse, scores, *(lse if table is None else table for table in tables), t0, t1, p.n,
-        p.offset, k_cmp.shape[2], p.select_blocks, p.b * p.g, p.scale_log2, *k_cmp.stride()[:3], G=p.g, R=p.r,
+        p.offset, k_cmp.shape[2], p.select_blocks, p.b * p.g, p.scale_log2, *strides, G=p.g, R=p.r,
         LENGTH=config.compress_block, STRIDE=config.compress_stride, BLOCK=config.select_block, PACKED=p.packed, UNITS=units,
-        RING=ring, DEPTH=depth, POLY=poly, REGISTERS=registers, num_warps=4,
+        RING=ring, DEPTH=depth, POLY=poly, LAG=lag, REGISTERS=registers, num_warps=4,
     )  # fmt: skip
