@@ -66,7 +66,8 @@ class Plan(NamedTuple):
 
 
 BRANCHES = {"cmp": CMP, "win": WIN, "local": LOCAL, "init": INIT}
-PLANS = {"cmp": Plan(2, 4, True), "win": Plan(2, 4, True), "local": Plan(2, 4, True), "init": Plan(1, 2, False)}
+LONG, SHORT, NARROW = Plan(2, 4, True), Plan(1, 2, False), Plan(1, 4, True)
+"""For keys that many queries see; for those that few do; for heads of 64 channels."""
 REGISTERS = {1: (24,), 2: (240, 24)}
 """By consumers: of a thread of each consumer but the first (which has what is left: as many), and of the producer."""
 MOST_REGISTERS = {1: 128}
@@ -384,7 +385,8 @@ def attend_dkv(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`launch.attend_dkv`, for a call that `fits`."""
     keys = k.shape[2] if keys is None else keys
-    plan = plan or PLANS[branch]
+    if plan is None:
+        plan = NARROW if p.d == 64 else LONG if branch in ("cmp", "win") else SHORT
     step = ROWS.value // p.r
     tiles = cdiv(keys, plan.consumers * KEYS.value) * p.b * p.g
     splits = 1

@@ -104,21 +104,20 @@ def blocks_of(t, t1, OFFSET, p_start, p_sel_base, BLOCK: gl.constexpr, PACKED: g
 
 @gluon.jit
 def items_of(
-    i_row, before, T0, T1, OFFSET, GRID, p_start, p_sel_base, BLOCK: gl.constexpr, PACKED: gl.constexpr, UNITS: gl.constexpr
+    i_row, mine, T0, T1, OFFSET, GRID, p_start, p_sel_base, BLOCK: gl.constexpr, PACKED: gl.constexpr, UNITS: gl.constexpr
 ):
-    """A row of items, the last queries first: its first query, first tile, how many tiles and items; this program's first item.
+    """A row of items, the last queries first: its first query, first tile, how many tiles; and how many items this program has,
+    every so many from number `mine` on, and its first one's number in the next row.
 
-    before: items of the rows before, modulo the programs.
+    (Of a loop from `mine` on, inside the loop that changes `mine`, Triton 3.6 makes one that never changes it.)
     """
     programs = gl.num_programs(0)
     t0 = T0 + (gl.cdiv(T1 - T0, UNITS * ROWS) - 1 - i_row) * (UNITS * ROWS)
     from_block, to_block = blocks_of(t0, gl.minimum(t0 + UNITS * ROWS, T1), OFFSET, p_start, p_sel_base, BLOCK, PACKED)
     tile0 = from_block // (TILE - 1)
     tiles = gl.cdiv(to_block, TILE - 1) - tile0
-    first = gl.program_id(0) - before
-    if first < 0:
-        first += programs
-    return t0, tile0, tiles, tiles * GRID, first
+    count = gl.maximum(gl.cdiv(tiles * GRID - mine, programs), 0)
+    return t0, tile0, tiles, count, mine + count * programs - tiles * GRID
 
 
 @gluon.jit
@@ -211,13 +210,13 @@ def consume(
     o_row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, MMA))
     if W == 1 and LAG > 0:
         gl.inline_asm_elementwise("nanosleep.u32 $1; mov.b32 $0, $1;", "=r,r", [T0 * 0 + LAG], gl.int32, False, 1)
-    stage, i_item, i_unit, before = 0, 0, 0, 0
+    stage, i_item, i_unit, mine = 0, 0, 0, gl.program_id(0)
     for i_row in range(gl.cdiv(T1 - T0, UNITS * ROWS)):
-        t0, tile0, tiles, items, first = items_of(
-            i_row, before, T0, T1, OFFSET, GRID, p_start, p_sel_base, BLOCK, PACKED, UNITS
+        t0, tile0, tiles, count, following = items_of(
+            i_row, mine, T0, T1, OFFSET, GRID, p_start, p_sel_base, BLOCK, PACKED, UNITS
         )
-        before = (before + items) % gl.num_programs(0)
-        for i in range(first, items, gl.num_programs(0)):
+        for n in range(count):  # see items_of
+            i = mine + n * gl.num_programs(0)
             j0 = (tile0 + i % tiles) * (TILE - 1) - 1
             ready(full_k, i_item, 1)
             b_k0 = s_k.index(W).load(LEFT)
@@ -297,6 +296,7 @@ def consume(
                     put_blocks(b_p1, o_c, low, high, s_own.index(W + 2), s_right.index(W + 2), RATIO, REACH, PACKED, MMA)
                     mbarrier.arrive(full_s.index(0), count=1)
                     i_unit += 1
+        mine = following
 
 
 @gluon.jit
@@ -305,13 +305,13 @@ def produce(
     PACKED: gl.constexpr, UNITS: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
     """Every unit's queries, head by head."""
-    stage, before = 0, 0
+    stage, mine = 0, gl.program_id(0)
     for i_row in range(gl.cdiv(T1 - T0, UNITS * ROWS)):
-        t0, tile0, tiles, items, first = items_of(
-            i_row, before, T0, T1, OFFSET, GRID, p_start, p_sel_base, BLOCK, PACKED, UNITS
+        t0, tile0, tiles, count, following = items_of(
+            i_row, mine, T0, T1, OFFSET, GRID, p_start, p_sel_base, BLOCK, PACKED, UNITS
         )
-        before = (before + items) % gl.num_programs(0)
-        for i in range(first, items, gl.num_programs(0)):
+        for n in range(count):  # see items_of
+            i = mine + n * gl.num_programs(0)
             j0 = (tile0 + i % tiles) * (TILE - 1) - 1
             i_bg = i // tiles
             for u in range(UNITS):
@@ -323,6 +323,7 @@ def produce(
                         mbarrier.expect(full_q.index(slot), d_q.block_type.nbytes)
                         load_box(d_q, [i_bg // G, i_bg % G * R + r, t, 0], full_q.index(slot), s_q.index(slot))
                         stage += 1
+        mine = following
 
 
 @gluon.jit
@@ -342,13 +343,13 @@ def load(
     PART_OF_PANEL: gl.constexpr = gl.NVMMASharedLayout.get_default_for([LINE, PANEL], s_k.dtype)
     s_lines = view(s_k, s_k.dtype, [TILE * STEP // ROWS * PANELS * LINES, LINE, PANEL], PART_OF_PANEL)
     s_heads = view(s_lse, gl.float32, [2 * R // HEADS, HEADS, ROWS], PLAIN)
-    i_item, i_unit, before = 0, 0, 0
+    i_item, i_unit, mine = 0, 0, gl.program_id(0)
     for i_row in range(gl.cdiv(T1 - T0, UNITS * ROWS)):
-        t0, tile0, tiles, items, first = items_of(
-            i_row, before, T0, T1, OFFSET, GRID, p_start, p_sel_base, BLOCK, PACKED, UNITS
+        t0, tile0, tiles, count, following = items_of(
+            i_row, mine, T0, T1, OFFSET, GRID, p_start, p_sel_base, BLOCK, PACKED, UNITS
         )
-        before = (before + items) % gl.num_programs(0)
-        for i in range(first, items, gl.num_programs(0)):
+        for n in range(count):  # see items_of
+            i = mine + n * gl.num_programs(0)
             j0 = (tile0 + i % tiles) * (TILE - 1) - 1
             i_bg = i // tiles
             i_b, i_g = (i_bg // G).to(gl.int64), i_bg % G
@@ -390,6 +391,7 @@ def load(
                     s_bounds.index(slot * 2 + 1).store(high)
                     mbarrier.arrive(full_l.index(slot), count=1)
                     i_unit += 1
+        mine = following
 
 
 @gluon.jit
@@ -404,13 +406,13 @@ def write(
     o_b = gl.arange(0, TILE, layout=gl.SliceLayout(0, LINES))
     o_line = gl.arange(0, LINE, layout=gl.SliceLayout(1, LINES))
     o_left = gl.expand_dims(gl.maximum(o_b - 1, 0), 0) + gl.expand_dims(o_line * 0, 1)
-    i_unit, before = 0, 0
+    i_unit, mine = 0, gl.program_id(0)
     for i_row in range(gl.cdiv(T1 - T0, UNITS * ROWS)):
-        t0, tile0, tiles, items, first = items_of(
-            i_row, before, T0, T1, OFFSET, GRID, p_start, p_sel_base, BLOCK, PACKED, UNITS
+        t0, tile0, tiles, count, following = items_of(
+            i_row, mine, T0, T1, OFFSET, GRID, p_start, p_sel_base, BLOCK, PACKED, UNITS
         )
-        before = (before + items) % gl.num_programs(0)
-        for i in range(first, items, gl.num_programs(0)):
+        for n in range(count):  # see items_of
+            i = mine + n * gl.num_programs(0)
             j0 = (tile0 + i % tiles) * (TILE - 1) - 1
             i_bg = i // tiles
             for u in range(UNITS):
@@ -431,6 +433,7 @@ def write(
                         gl.store(p_own + o_score, b_x, mask=gl.expand_dims(t + o_t < T1, 1) & wanted)
                     mbarrier.arrive(empty_s.index(0), count=1)
                     i_unit += 1
+        mine = following
 
 
 @gluon.jit(do_not_specialize=["T0", "T1", "N", "OFFSET", "KEYS", "GRID"])

@@ -298,6 +298,11 @@ def attend_dkv(
     keys: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dk and dv of a branch, or of the "local" or "init" forced blocks, over the first `keys` keys: float32 [b, s, g, d]."""
+    if has_tiles(p.device):
+        from nsa_cli.ops.triton import dkv_tiles
+
+        if dkv_tiles.fits(p):
+            return dkv_tiles.attend_dkv(branch, q, k, v, do, lse, delta, gate, p, keys)
     tile = _tile({"local": "forced_dkv", "init": "forced_dkv"}.get(branch) or NAMES[branch] + "_dkv", p)
     keys = k.shape[2] if keys is None else keys
     m = _rows(tile, p)
