@@ -76,6 +76,9 @@ def train(heads: int, lengths: list[int], dim: int = 128) -> None:
     if attend_tiles.fits(p):
         launch.attend_forward("cmp", q, k_cmp, v_cmp, dq, lse, p)
         launch.attend_dq("cmp", q, k_cmp, v_cmp, do, lse, delta, gate, dq, p, add=False)
+    for branch in ("cmp", "win", "local", "init"):
+        keys, values = (k_cmp, v_cmp) if branch == "cmp" else (k, v)
+        launch.attend_dkv(branch, q, keys, values, do, lse, delta, gate, p)
     indices = torch.zeros(1, 1, n, config.num_selected, dtype=torch.int32)
     s = launch.Selection(indices, p, forced=True, way="forward")
     if parts_tiles.fits(p, s):

@@ -74,9 +74,11 @@ CASES = table(f"""
 8/1 128 32,16,64 13+1+2 512 2100 2 own model bf16
 64/2 128 32,16,64 5+0+2 100 65+1+777+640 1 shared plain f16
 16/1 128 16,8,64 9+2+1 1 1500 1 own turned bf16
+16/2 128 32,16,64 13+1+2 512 1 2 own model bf16
+32/2 128 32,16,64 13+1+2 512 20 1 own model f16
 """)
-PORTABLE = [CASES[i] for i in (0, 8, 24, 27, 32, 33, 34)]
-"""Cases that Hopper GPUs have kernels of their own for."""
+PORTABLE = [CASES[i] for i in (0, 2, 4, 8, 21, 24, 27, 29, 32, 33, 34)]
+"""Cases that Hopper GPUs have kernels of their own for: for all parts, or for dk and dv alone."""
 DIMS = (64, 128)
 """Head dims for which Hopper runs some, or all, of its own kernels."""
 HOPPER = pytest.mark.skipif(
@@ -129,7 +131,7 @@ def test_the_portable_kernels_are_right_where_hopper_has_its_own(case: Case, mon
 def test_on_hopper_its_own_kernels_run_and_give_what_the_portable_ones_give(
     lengths: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nsa_cli.ops.triton import attend_tiles, gradient_tiles, parts_tiles
+    from nsa_cli.ops.triton import attend_tiles, dkv_tiles, gradient_tiles, parts_tiles
 
     calls: list[str] = []
 
@@ -137,8 +139,8 @@ def test_on_hopper_its_own_kernels_run_and_give_what_the_portable_ones_give(
         own = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *given: calls.append(name) or own(*given))
 
-    names = ["attend_dq", "attend_forward", "selected_gradient_parts", "selected_parts"]
-    for name, module in zip(names, (attend_tiles, attend_tiles, gradient_tiles, parts_tiles), strict=True):
+    names = ["attend_dkv", "attend_dq", "attend_forward", "selected_gradient_parts", "selected_parts"]
+    for name, module in zip(names, (dkv_tiles, attend_tiles, attend_tiles, gradient_tiles, parts_tiles), strict=True):
         count(module, name)
     blocks = sum(PAPER.num_compressed(length) for length in lengths)
     x = [y[:, :, :blocks] if y.shape[2] == PAPER.num_compressed(3000) else y for y in leaves(3000, 32, 2, 128)]
@@ -149,10 +151,10 @@ def test_on_hopper_its_own_kernels_run_and_give_what_the_portable_ones_give(
         return [out, *torch.autograd.grad(out, x, torch.ones_like(out)), indices]
 
     *got, chosen = run()
-    assert sorted(calls) == names
+    assert sorted(calls) == ["attend_dkv"] * 3 + names  # of the compressed branch, the window, the newest and the first blocks
     monkeypatch.setattr(launch, "has_tiles", lambda device: False)
     *want, others = run()
-    assert len(calls) == 4
+    assert len(calls) == 8
     assert torch.equal(chosen, others) or (chosen != others).any(-1).float().mean() < 2e-3
     for one, other in zip(got, want, strict=True):
         assert relative_l2(one, other) < 2e-2

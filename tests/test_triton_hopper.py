@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from nsa_cli.config import NSAConfig
-from nsa_cli.ops.triton import attend_tiles, gradient_tiles, parts_tiles
+from nsa_cli.ops.triton import attend_tiles, dkv_tiles, gradient_tiles, parts_tiles
 from nsa_cli.ops.triton.device import GLUON
 from nsa_cli.ops.triton.launch import Selection
 from nsa_cli.ops.triton.problem import Problem
@@ -31,32 +31,34 @@ def test_they_compile_for_hopper_on_a_machine_without_a_gpu_and_fit_on_its_chip(
     done = subprocess.run([sys.executable, "-m", "tests.compiling"], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     made = {line["kernel"]: line["shared"] for line in map(json.loads, done.stdout.splitlines())}
-    tiles = {"forward_tiles", "dq_tiles", "parts_tiles", "gradient_tiles", "linear_tiles_kernel", "attend_group_tiles"}
+    tiles = {"forward_tiles", "dq_tiles", "dkv_tiles", "parts_tiles", "gradient_tiles", "linear_tiles_kernel", "attend_group_tiles"}
     assert tiles <= made.keys()
     assert max(made.values()) <= CHIP
     assert 2 * (made["gradient_tiles"] + 1024) <= CHIP + 1024, "a multiprocessor no longer has room for two programs"
 
 
 @pytest.mark.parametrize(
-    ("problem", "attend", "parts", "gradient"),
+    ("problem", "attend", "dkv", "parts", "gradient"),
     [
-        (PAPER, True, True, True),
-        (replace(PAPER, dtype=torch.float16, h=64, g=2), True, True, True),
-        (replace(PAPER, dtype=torch.float32), False, False, False),
-        (replace(PAPER, d=64, e=64), False, False, True),
-        (replace(PAPER, d=96, e=128), True, False, False),  # zeros beside the channels cost products, but no other kernel
-        (replace(PAPER, d=192), False, False, False),
-        (replace(PAPER, h=4), True, False, False),  # boxes of fewer than 8 heads are no whole pattern of shared memory
-        (replace(PAPER, h=12), True, False, False),
-        (replace(PAPER, config=NSAConfig(num_local=0)), True, False, False),  # a query's own block among the free ones
-        (replace(PAPER, config=NSAConfig(select_block=128)), True, False, False),
-        (replace(PAPER, config=NSAConfig(num_selected=3)), True, False, False),  # nothing to choose
+        (PAPER, True, True, True, True),
+        (replace(PAPER, dtype=torch.float16, h=64, g=2), True, True, True, True),
+        (replace(PAPER, dtype=torch.float32), False, False, False, False),
+        (replace(PAPER, d=64, e=64), False, True, False, True),
+        (replace(PAPER, d=96, e=128), True, False, False, False),  # zeros beside the channels cost products, but no other kernel
+        (replace(PAPER, d=192), False, False, False, False),
+        (replace(PAPER, h=4), True, True, False, False),  # one query's box of fewer than 8 heads is no whole pattern on chip
+        (replace(PAPER, h=12), True, False, False, False),
+        (replace(PAPER, config=NSAConfig(num_local=0)), True, True, False, False),  # a query's own block among the free ones
+        (replace(PAPER, config=NSAConfig(select_block=128)), True, True, False, False),
+        (replace(PAPER, config=NSAConfig(num_selected=3)), True, True, False, False),  # nothing to choose
     ],
 )
-def test_what_they_cannot_do_is_left_to_the_portable_kernels(problem: Problem, attend: bool, parts: bool, gradient: bool) -> None:
+def test_what_they_cannot_do_is_left_to_the_portable_kernels(
+    problem: Problem, attend: bool, dkv: bool, parts: bool, gradient: bool
+) -> None:
     indices = torch.zeros(1, problem.g, problem.n, problem.config.num_selected, dtype=torch.int32)
     ways = [Selection(indices, problem, forced=True, way=way) for way in ("forward", "backward")]
-    assert attend_tiles.fits(problem) == attend
+    assert [attend_tiles.fits(problem), dkv_tiles.fits(problem)] == [attend, dkv]
     assert [parts_tiles.fits(problem, ways[0]), gradient_tiles.fits(problem, ways[1])] == [parts, gradient]
 
 
