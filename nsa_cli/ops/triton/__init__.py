@@ -4,7 +4,7 @@
     selection     importance and the exact choice of blocks
     index         the inverted index of a selection
     selected      selected attention, key blocks outside; selected_gradient, its gradients
-    *_tiles       what Hopper GPUs run instead where it is faster: attend_tiles, parts_tiles, gradient_tiles
+    *_tiles       what Hopper GPUs run instead where it is faster: attend_tiles, dkv_tiles, parts_tiles, gradient_tiles
     gates         what the backward needs of every row
     windows       compression's memory movement
     problem       sizes, packed documents' tables, descriptors of one call
