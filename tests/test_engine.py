@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from nsa_cli.config import ModelConfig, NSAConfig
 from nsa_cli.errors import ExitCode, NsaError
-from nsa_cli.generation import engine
 from nsa_cli.generation.engine import MAX_ROWS, Continuation, decode, generate, plan_batches
 from nsa_cli.generation.sampling import SamplingConfig
 from nsa_cli.model import Cache, Transformer, accounting, build_model
@@ -108,32 +107,6 @@ def test_a_finished_sequence_leaves_and_the_others_go_on_alike() -> None:
         assert continuation.finish_reason == ("stop" if i < 18 else "length")
     assert rows[0] == 20
     assert rows[-1] <= 4
-
-
-@pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no cache"])
-def test_steps_asked_for_ahead_of_their_token_change_nothing(monkeypatch: pytest.MonkeyPatch, use_cache: bool) -> None:
-    """As on a GPU: rows that stop, leave the batch or reach the end have had a step for nothing, or none."""
-    model, config = _model(), SamplingConfig(max_tokens=14, top_k=30, seed=3, continuations=2)
-    prompts = [*PROMPTS[:3], [i * i % 61 for i in range(31)], PROMPTS[4]]  # of a repeated token, rounding chooses the blocks
-    lengths: list[int] = []
-
-    def draw() -> list[Continuation]:
-        seen: dict[tuple[int, int], int] = {}
-
-        def stop(prompt: int, continuation: int, token: int) -> bool:
-            seen[prompt, continuation] = seen.get((prompt, continuation), 0) + 1
-            return seen[prompt, continuation] == 3 * prompt + 2 * continuation + 1
-
-        found = generate(model, prompts, config, on_token=stop, logprobs=True, use_cache=use_cache)
-        lengths.append(sum(seen.values()))
-        return found
-
-    alone = draw()
-    monkeypatch.setattr(engine, "_works_ahead", lambda device: True)
-    for one, ahead in zip(alone, draw(), strict=True):
-        assert (one.tokens, one.finish_reason) == (ahead.tokens, ahead.finish_reason)
-        torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(ahead.logprobs))
-    assert lengths[0] == lengths[1] < 14 * 10
 
 
 def test_continuations_share_one_reading_of_their_prompt() -> None:

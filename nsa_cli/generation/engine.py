@@ -310,28 +310,6 @@ def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     return ids.to(device)
 
 
-def _works_ahead(device: torch.device) -> bool:
-    """Whether a step is asked for before the token that it appends is handed on: a GPU makes it meanwhile, for nothing if the
-    token ends the text. On a CPU every token would come a step late."""
-    return device.type == "cuda"
-
-
-class _Drawn:
-    """A step's ids and their log-probabilities on their way to the host, which waits for them and for nothing behind them."""
-
-    def __init__(self, ids: Tensor, logprobs: Tensor | None) -> None:
-        self._ids = ids.to("cpu", non_blocking=True)
-        self._logprobs = None if logprobs is None else logprobs.to("cpu", non_blocking=True)
-        self._copied = torch.cuda.Event() if ids.is_cuda else None
-        if self._copied is not None:
-            self._copied.record()
-
-    def lists(self) -> tuple[list[int], list[float] | None]:
-        if self._copied is not None:
-            self._copied.synchronize()
-        return self._ids.tolist(), None if self._logprobs is None else self._logprobs.tolist()
-
-
 @dataclass
 class _Row:
     """One sequence of the batch while it grows."""
@@ -424,29 +402,24 @@ class _Run:
         if config.temperature > 0:
             streams = [(row.prompt, row.continuation) for row in rows]
             gumbel = GumbelSource(config.seed, streams, logits.shape[-1], logits.device)
-        ahead = _works_ahead(logits.device)
         for position in range(config.max_tokens):
             if self._stopping():
                 self.stats.interrupted = True
                 break
             ids = choose(logits, config, None if gumbel is None else gumbel.at(position))
-            drawn = _Drawn(ids, log_probabilities(logits, ids) if self.logprobs else None)
-            left = config.max_tokens - position - 2
-            if ahead and left >= 0:
-                logits = decoder.step(ids, left)[:, : self.vocab]
-            self._deliver(rows, *drawn.lists(), started)
+            logprobs = log_probabilities(logits, ids).tolist() if self.logprobs else None
+            self._deliver(rows, ids.tolist(), logprobs, started)
             live = [i for i, row in enumerate(rows) if not row.done]
-            if left < 0 or not live:
+            if position + 1 == config.max_tokens or not live:
                 break
             # Leaving rows out copies the cache, so a large batch waits until an eighth of it has finished.
             if len(rows) - len(live) > len(rows) // 8:
                 self._note_cache(decoder)
                 keep = torch.tensor(live, device=ids.device)
-                decoder, ids, logits, rows = decoder.select(keep), ids[keep], logits[keep], [rows[i] for i in live]
+                decoder, ids, rows = decoder.select(keep), ids[keep], [rows[i] for i in live]
                 if gumbel is not None:
                     gumbel.select(keep)
-            if not ahead:
-                logits = decoder.step(ids, left)[:, : self.vocab]
+            logits = decoder.step(ids, config.max_tokens - position - 2)[:, : self.vocab]
         self._note_cache(decoder)
         self.stats.decode_s += time.perf_counter() - decode_started
         for row in rows:
