@@ -67,14 +67,17 @@ def test_a_compiler_that_the_signal_killed_is_an_interruption_and_no_defect(sign
             raise error
 
     triton = RuntimeError(f"PTXAS error: `ptxas` failed with error code -{int(signum)}\n`ptxas` stderr:")
-    for error in (triton, subprocess.CalledProcessError(-signum, ["cc"])):
+    torchs = RuntimeError("C++ compile error")
+    torchs.__cause__ = subprocess.CalledProcessError(-signum, ["cc"])
+    for error in (triton, torchs):
         with pytest.raises(NsaError, match=f"{signum.name} while a kernel was compiled") as raised:
             fail(error)
         assert raised.value.exit_code == 128 + signum
         with pytest.raises(type(error)):
             fail(error, signalled=False)
-    with pytest.raises(RuntimeError, match="error code 1"):
-        fail(RuntimeError("`ptxas` failed with error code 1"))
+    for code in ("1", f"-{int(signum)}0"):
+        with pytest.raises(RuntimeError, match=f"error code {code}"):
+            fail(RuntimeError(f"`ptxas` failed with error code {code}"))
 
 
 def test_in_another_thread_signals_are_left_alone() -> None:

@@ -76,6 +76,7 @@ CASES = table(f"""
 16/1 128 16,8,64 9+2+1 1 1500 1 own turned bf16
 16/2 128 32,16,64 13+1+2 512 1 2 own model bf16
 32/2 128 32,16,64 13+1+2 512 20 1 own model f16
+64/1 64 32,16,64 13+1+2 512 1+69+730 1 own model bf16
 """)
 PORTABLE = [CASES[i] for i in (0, 2, 4, 8, 21, 24, 27, 29, 32, 33, 34)]
 """Cases that Hopper GPUs have kernels of their own for: for all parts, or for dk and dv alone."""

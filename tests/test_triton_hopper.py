@@ -30,11 +30,14 @@ def test_they_compile_for_hopper_on_a_machine_without_a_gpu_and_fit_on_its_chip(
     env = environment(TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
     done = subprocess.run([sys.executable, "-m", "tests.compiling"], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    made = {line["kernel"]: line["shared"] for line in map(json.loads, done.stdout.splitlines())}
-    tiles = {"forward_tiles", "dq_tiles", "dkv_tiles", "parts_tiles", "gradient_tiles", "linear_tiles_kernel", "attend_group_tiles"}
-    assert tiles <= made.keys()
-    assert max(made.values()) <= CHIP
-    assert 2 * (made["gradient_tiles"] + 1024) <= CHIP + 1024, "a multiprocessor no longer has room for two programs"
+    made: dict[str, list[int]] = {}
+    for line in map(json.loads, done.stdout.splitlines()):
+        made.setdefault(line["kernel"], []).append(line["shared"])
+    tiles = {"forward_tiles", "dq_tiles", "dkv_tiles", "parts_tiles", "gradient_tiles"}
+    assert tiles | {"linear_tiles_kernel", "attend_group_tiles"} <= made.keys()
+    assert max(map(max, made.values())) <= CHIP
+    for shared in (max(made["gradient_tiles"]), sorted(made["dkv_tiles"])[-3]):  # the two largest have a multiprocessor each
+        assert 2 * (shared + 1024) <= CHIP + 1024, "a multiprocessor no longer has room for two programs"
 
 
 @pytest.mark.parametrize(

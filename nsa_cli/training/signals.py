@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import threading
 import time
@@ -65,8 +66,7 @@ def catch_signals() -> Iterator[Interruption]:
         yield interruption
     except Exception as error:
         if interruption.signum is not None and _killed(error, interruption.signum):
-            message, hint = f"{interruption.name} while a kernel was compiled", "what was saved before stands"
-            raise NsaError(message, hint, 128 + interruption.signum) from error
+            raise NsaError(f"{interruption.name} while a kernel was compiled", "", 128 + interruption.signum) from error
         raise
     finally:
         for each, handler in before.items():
@@ -74,6 +74,10 @@ def catch_signals() -> Iterator[Interruption]:
             signal.signal(each, signal.SIG_DFL if handler is None else handler)
 
 
-def _killed(error: Exception, signum: int) -> bool:
-    """Whether a child process ended by the signal is why. Triton tells its compiler's return code in words."""
-    return getattr(error, "returncode", None) == -signum or f"failed with error code -{signum}" in str(error)
+def _killed(error: BaseException | None, signum: int) -> bool:
+    """Whether a child process ended by the signal is why: torch wraps the error, Triton tells the return code in words."""
+    while error is not None:
+        if getattr(error, "returncode", None) == -signum or re.search(rf"failed with error code -{signum}\b", str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

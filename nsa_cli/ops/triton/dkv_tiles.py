@@ -14,12 +14,12 @@ for dv += P^T do and dk += dS^T q. The order of a step's products:
   EARLY: S_i, dk_(i-1) and dP_i are asked for; P_i when S_i is there; dv_i is asked for; dS_i when dP_i is there; dv_i is awaited
 
 EARLY, the tensor cores have two products for the time of the exponentials, not one, and a step's buffers go back in the next one.
-dS crosses the step in float32, since halves would be unpacked and packed again. (It needs the 240 registers of two consumers
-for products that do not wait for one another, and so do products that cross a step.)
+dS crosses the step in float32, since halves would be unpacked and packed again. (With 128 channels that needs the 240 registers
+of two consumers, else products wait for one another.)
 
-Tokens outside the tensor come as zeros, numbers too: P = 1 then meets do = 0, and dS = 0 meets q = 0. A program without queries
-takes one such step. Of splits the last come first, all key tiles' at a time, which read the same queries; but those at the
-diagonal come last of all: whole ones first, so that all multiprocessors end together.
+Tokens outside the tensor come as zeros, numbers too, and are masked. A program without queries takes one such step. Of splits
+the last come first, all key tiles' at a time, which read the same queries; but those at the diagonal come last of all: whole
+ones first, so that all multiprocessors end together.
 
 Triton puts a barrier of the four warps before each arrival at a barrier in memory: the code relies on it.
 `attend.attend_dkv` is the same function for everything else.
@@ -45,14 +45,16 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nsa_cli.ops.triton.attend import CMP, INIT, LOCAL, WIN
 from nsa_cli.ops.triton.hopper import DTYPES, barrier, head_boxes, layout_of, load_box, make_barriers, make_tiles, view
-from nsa_cli.ops.triton.problem import Problem, cdiv, lawful_strides
+from nsa_cli.ops.triton.problem import Problem, cdiv, lawful_strides, split_queries
 
 ROWS = gl.constexpr(64)
 """Rows of a step."""
 KEYS = gl.constexpr(64)
 """Keys of a consumer: what the tensor cores' first side has at least."""
-DIMS = (64, 128)
-"""Channels of a head: one or two panels of 128 bytes."""
+PANEL = 64
+"""Channels that lie side by side on chip: 128 bytes."""
+DIMS = (PANEL, 2 * PANEL)
+"""Channels of a head."""
 HEADS = (1, 2, 4, 8, 16, 32, 64)
 """Heads of a group: a step has whole groups."""
 
@@ -67,14 +69,11 @@ class Plan(NamedTuple):
 
 BRANCHES = {"cmp": CMP, "win": WIN, "local": LOCAL, "init": INIT}
 LONG, SHORT, NARROW = Plan(2, 4, True), Plan(1, 2, False), Plan(1, 4, True)
-"""For keys that many queries see; for those that few do; for heads of 64 channels."""
+"""For the compressed branch and the window; for the forced blocks; for heads of 64 channels."""
 REGISTERS = {1: (24,), 2: (240, 24)}
 """By consumers: of a thread of each consumer but the first (which has what is left: as many), and of the producer."""
 MOST_REGISTERS = {1: 128}
 """By consumers: on average of a program's threads, where two programs have all registers."""
-PROGRAMS = 2048
-"""Splits are made until there are about as many programs."""
-MOST_SPLITS = 64
 
 
 @gluon.jit
@@ -381,18 +380,14 @@ def token_boxes(x: Tensor, heads: int) -> TensorDescriptor:
 
 def attend_dkv(
     branch: str, q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, gate: Tensor | None, p: Problem,
-    keys: int | None = None, *, plan: Plan | None = None, programs: int = PROGRAMS, most_splits: int = MOST_SPLITS,
+    keys: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`launch.attend_dkv`, for a call that `fits`."""
     keys = k.shape[2] if keys is None else keys
-    if plan is None:
-        plan = NARROW if p.d == 64 else LONG if branch in ("cmp", "win") else SHORT
+    plan = NARROW if p.d == PANEL else LONG if branch in ("cmp", "win") else SHORT
     step = ROWS.value // p.r
     tiles = cdiv(keys, plan.consumers * KEYS.value) * p.b * p.g
-    splits = 1
-    if branch in ("cmp", "init"):  # long ranges of queries: split, and added up in order
-        splits = max(1, min(programs // max(tiles, 1), cdiv(p.n, 8 * step), most_splits))
-    chunk = cdiv(cdiv(p.n, splits), step) * step
+    splits, chunk = split_queries(branch, tiles, step, p)
     dk = torch.empty(splits, p.b, keys, p.g, p.d, dtype=torch.float32, device=p.device)
     dv = torch.empty(splits, p.b, keys, p.g, p.e, dtype=torch.float32, device=p.device)
     names = ("start", "end", "first", "last")

@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from nsa_cli.ops.triton import attend, gates, selected, selected_gradient, selection, tuning
 from nsa_cli.ops.triton.device import cores, has_tiles
 from nsa_cli.ops.triton.index import Index, build_index
-from nsa_cli.ops.triton.problem import Problem, cdiv, group_rows, head_rows, next_power_of_2
+from nsa_cli.ops.triton.problem import Problem, cdiv, group_rows, head_rows, next_power_of_2, split_queries
 
 SCORE_ELEMENTS = 2**26
 """Float32 block scores alive at a time (256 MiB): importance and selection run in chunks of queries."""
@@ -32,8 +32,7 @@ ITEM = {"forward": 64, "backward": 128}
 """Queries an item of the inverted index, at most."""
 KEY_BYTES = {2: 2**16, 4: 2**15}
 """A selected block's keys, or values, on chip at a time, by the bytes of a number (float32's products take registers)."""
-DKV_PROGRAMS = 2048
-"""The queries of a compressed key tile's gradient are split until there are about as many programs: it evens out the triangle."""
+
 
 
 def _tile(kernel: str, p: Problem) -> tuning.Tile:
@@ -308,10 +307,7 @@ def attend_dkv(
     m = _rows(tile, p)
     step = m // p.rp
     tiles = cdiv(keys, tile.keys) * p.b * p.g
-    splits = 1
-    if branch in ("cmp", "init"):  # long ranges of queries: split, and added up in order
-        splits = max(1, min(DKV_PROGRAMS // tiles, cdiv(p.n, 8 * step), 64))
-    chunk = cdiv(cdiv(p.n, splits), step) * step
+    splits, chunk = split_queries(branch, tiles, step, p)
     dk = torch.empty(splits, p.b, keys, p.g, p.d, dtype=torch.float32, device=p.device)
     dv = torch.empty(splits, p.b, keys, p.g, p.e, dtype=torch.float32, device=p.device)
     attend.attend_dkv[(tiles * splits,)](

@@ -13,6 +13,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from nsa_cli.config import NSAConfig
 
 LOG2E = 1.4426950408889634
+DKV_PROGRAMS, MOST_SPLITS = 2048, 64
+"""The queries of a compressed key tile's gradient are split until there are about as many programs, which evens out the triangle;
+and the parts, float32, that are added up in order, at most."""
 LEAST_DIM = 16
 """tl.dot's least inner dimension; smaller head dims are padded with zeros on chip."""
 
@@ -183,6 +186,18 @@ def aligned(x: Tensor) -> Tensor:
 def lawful_strides(shape: list[int], strides: list[int], step: int) -> list[int]:
     """Strides with those of dimensions of size 1 made lawful."""
     return [stride if size > 1 else step for size, stride in zip(shape, strides, strict=True)]
+
+
+def split_queries(branch: str, tiles: int, step: int, p: Problem) -> tuple[int, int]:
+    """In how many parts the queries of a key tile's gradients are taken, and how many tokens a part has, whole steps of `step`.
+
+    Keys of the compressed branch and of the first blocks ("cmp", "init") have long ranges of queries. tiles: of all batch entries
+    and groups.
+    """
+    splits = 1
+    if branch in ("cmp", "init"):
+        splits = max(1, min(DKV_PROGRAMS // tiles, cdiv(p.n, 8 * step), MOST_SPLITS))
+    return splits, cdiv(cdiv(p.n, splits), step) * step
 
 
 def head_rows(x: Tensor, rows: int, width: int) -> TensorDescriptor:
