@@ -325,6 +325,20 @@ def test_a_leak_in_the_selection_makes_its_rows_red(monkeypatch: pytest.MonkeyPa
     assert not report.ok
 
 
+def test_an_interrupted_report_holds_what_was_measured_and_says_that_more_is_missing(report: BenchReport, tmp_path: Path) -> None:
+    earlier = tmp_path / "earlier.json"
+    earlier.write_text(json.dumps(report.to_dict()))
+    said: list[str] = []
+    wanted = options(seq_lens=(33, 150), compare=earlier)
+    found = run_bench(wanted, CPU, progress=said.append, should_stop=lambda: len(said) > 3)
+    assert [row.name for row in found.rows] == [row.name for row in report.rows][:2]
+    assert found.rows[0].dense is not None
+    assert found.rows[0].sparse is not None
+    assert found.notices[-1] == "interrupted: what had not been measured is missing"
+    assert found.comparison == ()
+    assert found.ok
+
+
 def test_rows_that_would_not_end_in_time_are_left_out_and_named() -> None:
     report = run_bench(options(seq_lens=(40, 300), limit_s=0.02, groups=("attention",)), CPU)
     late = [row for row in report.rows if row.seq_len == 300]

@@ -16,6 +16,7 @@ import pytest
 from torch import Tensor
 
 from nsa_cli.checkpoint import read_info
+from nsa_cli.cli import app, output
 from nsa_cli.errors import NsaError
 from nsa_cli.training import saving
 from nsa_cli.training.signals import Interruption, catch_signals
@@ -210,3 +211,22 @@ def test_a_run_told_to_stop_saves_its_state_and_can_be_resumed_to_the_same_bits(
     run(tmp_path, corpus, "whole", sparse=True, model={"dropout": 0.1}, config=settings)
     assert curve(tmp_path) == curve(tmp_path, "whole")
     assert same_tensors(weights(tmp_path), weights(tmp_path, "whole"))
+
+
+@BOTH_SIGNALS
+def test_an_interrupted_bench_shows_what_it_has_measured(
+    signum: signal.Signals, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    told: list[str] = []
+
+    def tell(status: output.Status, words: str) -> None:
+        told.append(words)
+        if len(told) == 3:
+            os.kill(os.getpid(), signum)
+
+    monkeypatch.setattr(output.Status, "__call__", tell)
+    line = "bench --seq-len 64 --seq-len 4096 --no-ladder --json --heads 2 --kv-heads 1 --dim-head 8 --budget 0.01 --device cpu"
+    assert app.run(line.split()) == 128 + signum
+    report = json.loads(capfd.readouterr().out)
+    assert [row["case"] for row in report["rows"]] == ["forward"]
+    assert report["notices"][-1].startswith("interrupted")

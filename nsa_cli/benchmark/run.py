@@ -19,8 +19,17 @@ from nsa_cli.benchmark.timing import Deadline, make_clock
 from nsa_cli.ops.dispatch import kernel_refusal, resolve_kernel
 
 
-def run_bench(options: BenchOptions, device: torch.device, *, progress: Callable[[str], None] = lambda text: None) -> BenchReport:
+def run_bench(
+    options: BenchOptions,
+    device: torch.device,
+    *,
+    progress: Callable[[str], None] = lambda text: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> BenchReport:
     """Measure everything `options` asks for on the device; progress is told, in a few words, what runs.
+
+    should_stop: polled between the measurements; once true, the report holds what there is, says so in a notice, and is not
+    compared with an earlier one.
 
     Errors: NsaError with exit code 5 for a kernel that is not available, 3 for an earlier report that
     cannot be read or compared. A failed gate (parity, regression) is no error: it is in the report, whose `ok` is
@@ -41,7 +50,7 @@ def run_bench(options: BenchOptions, device: torch.device, *, progress: Callable
     old = None if options.compare is None else load_report(options.compare)
     if old is not None:
         check_comparable(old, sizes, str(options.compare))
-    deadline, clock = Deadline(options.limit_s), make_clock(device)
+    deadline, clock = Deadline(options.limit_s, stopped=should_stop), make_clock(device)
     progress("measuring the ceilings of this machine")
     on_gpu = device.type == "cuda"
     current = torch.cuda.device(device) if on_gpu else nullcontext()
@@ -55,7 +64,7 @@ def run_bench(options: BenchOptions, device: torch.device, *, progress: Callable
         facts = environment(device)
     rows = tuple(runner.rows)
     gates, comparison = [parity_gate(rows)], tuple[dict[str, Any], ...]()
-    if old is not None:
+    if old is not None and not should_stop():
         comparison, gate = compare_reports(old, rows, facts, options.tolerance)
         gates.append(gate)
     return BenchReport(

@@ -59,6 +59,8 @@ class Runner:
         """Fill `rows` and `notices`."""
         faults: dict[int, str] = {}
         for tokens, models in self._order():
+            if self.bench.deadline.stopped():
+                break
             if models:
                 self._models(tokens, faults[tokens])
             else:
@@ -66,7 +68,9 @@ class Runner:
         for tokens in self.options.seq_lens if "branches" in self.options.groups else ():
             self._branches(tokens)
         self.rows.sort(key=lambda row: row.seq_len)
-        if any("time limit" in row.note for row in self.rows):
+        if self.bench.deadline.stopped():
+            self.notices.append("interrupted: what had not been measured is missing")
+        elif any("time limit" in row.note for row in self.rows):
             self.notices.append(f"some rows were left out to end within the time limit of {self.options.limit_s:g} s")
         elif self.bench.deadline.remaining_s() < 0:
             self.notices.append("the time limit cut the repeats of the last rows short")
@@ -234,6 +238,8 @@ class Runner:
         if fault:
             return None, f"{label} not timed: {fault}"
         run_s, deadline = self._run_s(case, label, tokens), self.bench.deadline
+        if deadline.stopped():
+            return None, f"{label} left out: interrupted"
         if deadline.remaining_s() <= 0 or not deadline.allows(LEAST_RUNS * run_s):
             return None, f"{label} left out, about {run_s:.0f} s a run: time limit"
         self.progress(f"{tokens:,} tokens: {case}{'' if case.startswith('branch') else ', ' + label}")
@@ -263,6 +269,8 @@ class Runner:
         return accounting.sparse_attention_flops(tokens, shape.heads, shape.dim_head, nsa, backward=backward).total
 
     def _add(self, case: str, tokens: int, dense: Figures | None, sparse: Figures | None, *notes: str) -> None:
+        if dense is None and sparse is None and self.bench.deadline.stopped():
+            return
         note = "; ".join(note for note in notes if note)
         self.rows.append(Row(case=case, seq_len=tokens, dense=dense, sparse=sparse, note=note))
 

@@ -161,10 +161,15 @@ def _missing(seconds: Sequence[float], budget_s: float, min_repeats: int, max_re
 
 
 class Deadline:
-    """What is left of a report's time, and whether a case of an expected cost still fits."""
+    """What is left of a report's time, and whether a case of an expected cost still fits.
 
-    def __init__(self, limit_s: float, now: Callable[[], float] = time.perf_counter) -> None:
-        self._now, self._start, self._limit_s = now, now(), limit_s
+    stopped: whether the user wants the report to end now, asked before everything that would take time.
+    """
+
+    def __init__(
+        self, limit_s: float, now: Callable[[], float] = time.perf_counter, *, stopped: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._now, self._start, self._limit_s, self.stopped = now, now(), limit_s, stopped
 
     @property
     def elapsed_s(self) -> float:
@@ -172,8 +177,8 @@ class Deadline:
         return self._now() - self._start
 
     def remaining_s(self) -> float:
-        """Seconds left; negative when the limit has passed."""
-        return self._limit_s - self.elapsed_s
+        """Seconds left; negative when the limit has passed, none once stopped."""
+        return 0.0 if self.stopped() else self._limit_s - self.elapsed_s
 
     def allows(self, expected_s: float) -> bool:
         """Whether something of that length would end in time."""

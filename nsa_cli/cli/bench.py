@@ -65,7 +65,8 @@ def bench(
 
     Attention forward and backward, each branch, a training step, prefill and decode: median and p10/p90, speed-up,
     peak memory, share of the roofline, error against the float32 reference, and the length from which sparse wins. The
-    geometry is the paper's (base's) where no flag says otherwise. A failed gate ends with exit code 6.
+    geometry is the paper's (base's) where no flag says otherwise. A failed gate ends with exit code 6. Ctrl-C shows what
+    has been measured.
 
     With --tune: the Triton kernels' tiles, warps, stages and registers, a kernel after another, at the longest --seq-len. What
     is fastest goes into the table, beside what it holds; NSA_KERNEL_TABLE=TABLE.json uses it.
@@ -74,7 +75,7 @@ def bench(
 
 
 def run(settings: Resolved) -> int:
-    """Measure and show; 0, or 6 when a gate failed."""
+    """Measure and show; 0, 6 when a gate failed, or 130 and 143 where a signal ended it early, with what there was."""
     if settings["json"] and settings["csv"]:
         raise NsaError("--json and --csv exclude each other", "choose one", ExitCode.USAGE)
     if settings["tune"] is not None:
@@ -82,20 +83,23 @@ def run(settings: Resolved) -> int:
     from nsa_cli.benchmark import run_bench
     from nsa_cli.cli import output
     from nsa_cli.cli.machine import find_machine
+    from nsa_cli.training.signals import catch_signals
 
     messages = output.Messages(quiet=settings["quiet"])
     if settings["verbose"]:
         messages.list_settings(settings.report())
     machine = find_machine(settings, allow_fallback=False)
     asked = bench_options(settings)
-    with output.Status(messages) as status:
-        report = run_bench(asked, machine.device, progress=status)
+    with catch_signals() as interruption, output.Status(messages) as status:
+        report = run_bench(asked, machine.device, progress=status, should_stop=lambda: bool(interruption))
     if settings["json"]:
         output.write_json(report.to_dict(), indent=2)
     elif settings["csv"]:
         output.write_line(report.csv().removesuffix("\n"))
     else:
         output.show_bench(report)
+    if interruption.signum is not None:
+        return 128 + interruption.signum
     if report.ok:
         return 0
     failed = "; ".join(f"{gate.name}: {gate.detail}" for gate in report.gates if not gate.ok)
