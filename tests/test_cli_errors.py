@@ -202,7 +202,7 @@ def test_a_failed_gate_is_6_after_the_report(
     report = BenchReport(
         environment=facts, config={"shape": shape}, ceilings={}, methods={}, rows=(), crossovers=(), gates=(gate,)
     )
-    monkeypatch.setattr("nsa_cli.benchmark.run_bench", lambda options, device, progress: report)
+    monkeypatch.setattr("nsa_cli.benchmark.run_bench", lambda options, device, **hooks: report)
     assert run(["bench", "--seq-len", "64", "--json"]) == ExitCode.GATE_FAILED
     shown = capsys.readouterr()
     assert json.loads(shown.out)["ok"] is False
