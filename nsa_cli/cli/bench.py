@@ -66,7 +66,7 @@ def bench(
     Attention forward and backward, each branch, a training step, prefill and decode: median and p10/p90, speed-up,
     peak memory, share of the roofline, error against the float32 reference, and the length from which sparse wins. The
     geometry is the paper's (base's) where no flag says otherwise. A failed gate ends with exit code 6. Ctrl-C shows what
-    has been measured.
+    has been measured, a second one leaves at once.
 
     With --tune: the Triton kernels' tiles, warps, stages and registers, a kernel after another, at the longest --seq-len. What
     is fastest goes into the table, beside what it holds; NSA_KERNEL_TABLE=TABLE.json uses it.
