@@ -76,6 +76,8 @@ CASES = table(f"""
 4/2 16 4,2,8 2+1+1 9 17+1+9+24 1 shared model f32
 2/1 32 4,2,8 3+1+2 16 61 2 shared sliced f32
 3/1 16 8,4,8 1+2+1 8 20+27 1 shared plain f32
+2/1 16 8,4,16 2+1+2 9 150+0+61+1 1 own model f32
+3/1 8 4,2,8 2+2+0 10 3+97+0 1 shared sliced f32
 """)
 
 
@@ -136,6 +138,20 @@ def test_a_block_too_large_for_the_chip_is_taken_in_parts(monkeypatch: pytest.Mo
     patched(monkeypatch, KEY_BYTES={4: 1024})
     with poisoned(torch.device("cpu")):
         assert_the_operator_is_right(parse(line), "cpu")
+
+
+@pytest.mark.parametrize(("lengths", "branch"), [("90+0+1+70", "first"), ("15+9+16", "init")])
+def test_the_first_blocks_of_long_documents_are_gathered(monkeypatch: pytest.MonkeyPatch, lengths: str, branch: str) -> None:
+    """Where they lie, all queries of a document would be one program's."""
+    from nsa_cli.ops.triton import launch
+
+    branches, plain = [], launch.attend_dkv
+    patched(monkeypatch, attend_dkv=lambda name, *rest: branches.append((name, rest[1].shape[2])) or plain(name, *rest))
+    case = parse(f"2/1 16 8,4,16 2+1+1 9 {lengths} 1 own model f32")
+    assert_the_operator_is_right(case, "cpu")
+    found = dict(branches)
+    assert {"first", "init"} & found.keys() == {branch}
+    assert found[branch] == (4 * 16 if branch == "first" else sum(case.lengths))
 
 
 def test_the_same_input_gives_the_same_bits() -> None:

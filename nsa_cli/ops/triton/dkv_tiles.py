@@ -67,7 +67,7 @@ class Plan(NamedTuple):
     early: bool
 
 
-BRANCHES = {"cmp": CMP, "win": WIN, "local": LOCAL, "init": INIT}
+BRANCHES = {"cmp": CMP, "win": WIN, "local": LOCAL, "init": INIT, "first": CMP}
 LONG, SHORT, NARROW = Plan(2, 4, True), Plan(1, 2, False), Plan(1, 4, True)
 """For the compressed branch and the window; for the forced blocks; for heads of 64 channels."""
 REGISTERS = {1: (24,), 2: (240, 24)}

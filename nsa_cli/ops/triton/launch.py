@@ -6,7 +6,7 @@ Nothing here knows autograd; `operators.py` registers what stands here. Every te
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from nsa_cli.ops.triton import attend, gates, selected, selected_gradient, selection, tuning
 from nsa_cli.ops.triton.device import cores, has_tiles
 from nsa_cli.ops.triton.index import Index, build_index
-from nsa_cli.ops.triton.problem import Problem, cdiv, group_rows, head_rows, next_power_of_2, split_queries
+from nsa_cli.ops.triton.problem import Problem, aligned, cdiv, group_rows, head_rows, next_power_of_2, split_queries
 
 SCORE_ELEMENTS = 2**26
 """Float32 block scores alive at a time (256 MiB): importance and selection run in chunks of queries."""
@@ -50,7 +50,8 @@ def _stays(x: Tensor, rp: int, rows: int, width: int) -> Tensor | TensorDescript
 
 
 def _branch(branch: str) -> int:
-    return {"cmp": attend.CMP, "win": attend.WIN, "local": attend.LOCAL, "init": attend.INIT}[branch].value
+    branches = {"cmp": attend.CMP, "win": attend.WIN, "local": attend.LOCAL, "init": attend.INIT, "first": attend.CMP}
+    return branches[branch].value
 
 
 NAMES = {"cmp": "compressed", "win": "window"}
@@ -296,13 +297,16 @@ def attend_dkv(
     branch: str, q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, gate: Tensor | None, p: Problem,
     keys: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dk and dv of a branch, or of the "local" or "init" forced blocks, over the first `keys` keys: float32 [b, s, g, d]."""
+    """dk and dv of a branch, or of the "local" or "init" forced blocks, over the first `keys` keys: float32 [b, s, g, d].
+
+    "first": of keys that p's documents give any ranges of queries, as `_first_blocks` asks.
+    """
     if has_tiles(p.device):
         from nsa_cli.ops.triton import dkv_tiles
 
         if dkv_tiles.fits(p):
             return dkv_tiles.attend_dkv(branch, q, k, v, do, lse, delta, gate, p, keys)
-    tile = _tile({"local": "forced_dkv", "init": "forced_dkv"}.get(branch) or NAMES[branch] + "_dkv", p)
+    tile = _tile(NAMES.get(branch, "forced") + "_dkv", p)
     keys = k.shape[2] if keys is None else keys
     m = _rows(tile, p)
     step = m // p.rp
@@ -318,6 +322,35 @@ def attend_dkv(
         GATED=gate is not None, **tile.options(),
     )  # fmt: skip
     return (dk[0], dv[0]) if splits == 1 else (dk.sum(0), dv.sum(0))
+
+
+def _first_blocks(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, gate: Tensor | None, p: Problem
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dk and dv of the first num_init blocks of every packed document: float32 [b, s, g, d].
+
+    These blocks have long ranges of queries, and are few among all keys. Gathered, they are split and added up like the first
+    blocks of one sequence; as they lie, one program a group would have the first block of a long document. Where documents are
+    so short that this gathers more than half of the keys, they stay.
+    """
+    documents, config = p.documents, p.config
+    assert documents is not None
+    length, block = config.num_init * config.select_block, config.select_block
+    start, end = documents.ends[:-1, None], documents.ends[1:, None]
+    if 2 * len(start) * length > p.keys:
+        return attend_dkv("init", q, k, v, do, lse, delta, gate, p)
+    place = torch.arange(length, dtype=torch.int32, device=p.device)
+    token = start + place
+    later = torch.maximum(start + (place // block + config.num_local) * block, token)  # the first query that is not LOCAL to it
+    low = torch.where(token < end, torch.minimum(later, end), end)
+    ranges = replace(documents, first=low.flatten(), last=end.expand_as(low).flatten())
+    rows = token.flatten().clamp(max=p.keys - 1)
+    k_first, v_first = aligned(k[:, :, rows]), aligned(v[:, :, rows])
+    sums = attend_dkv("first", q, k_first, v_first, do, lse, delta, gate, replace(p, documents=ranges))
+    inside = torch.arange(p.keys, dtype=torch.int32, device=p.device) - documents.start
+    row = documents.document * length + inside.clamp(max=length - 1)
+    dk, dv = (torch.where((inside < length)[:, None, None], x[:, row], 0.0) for x in sums)
+    return dk, dv
 
 
 def selected_gradient_parts(
@@ -371,8 +404,12 @@ def selected_backward(
         dk = torch.zeros(p.b, p.keys, p.g, p.d, dtype=torch.float32, device=p.device)
         dv = torch.zeros(p.b, p.keys, p.g, p.e, dtype=torch.float32, device=p.device)
     if forced and config.num_init > 0:
-        keys = p.keys if p.packed else min(config.num_init * config.select_block, p.keys)
-        dk_init, dv_init = attend_dkv("init", q, k, v, do, lse, delta, gate, p, keys)
+        if p.packed:
+            keys = p.keys
+            dk_init, dv_init = _first_blocks(q, k, v, do, lse, delta, gate, p)
+        else:
+            keys = min(config.num_init * config.select_block, p.keys)
+            dk_init, dv_init = attend_dkv("init", q, k, v, do, lse, delta, gate, p, keys)
         dk[:, :keys] += dk_init
         dv[:, :keys] += dv_init
     s = Selection(indices, p, forced=forced, way="backward")

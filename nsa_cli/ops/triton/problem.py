@@ -34,11 +34,14 @@ def cdiv(a: int, b: int) -> int:
 class Documents:
     """Tables of packed documents, int32, made on the device without asking it anything.
 
-    start, end [t]: a token's document. base [t]: its first compressed block. sel_base [t]: its first selection block.
-    first, last [c]: the queries [first, last) that see a compressed block. sel_start, sel_end [j]: a selection block's first
-    token, and its document's end. sel_first, sel_last [j]: its first compressed block, and its document's end among them.
+    ends [documents + 1]: cu_seqlens. document, start, end [t]: a token's, its number and where it lies. base [t]: its first
+    compressed block. sel_base [t]: its first selection block. first, last [c]: the queries [first, last) that see a compressed
+    block. sel_start, sel_end [j]: a selection block's first token, and its document's end. sel_first, sel_last [j]: its first
+    compressed block, and its document's end among them.
     """
 
+    ends: Tensor
+    document: Tensor
     start: Tensor
     end: Tensor
     base: Tensor
@@ -71,6 +74,8 @@ def make_documents(cu_seqlens: Tensor, tokens: int, compressed: int, config: NSA
     c, of_block = document_of(blocks, max(compressed, 1))
     j, of_select = document_of(selects, tokens // block + len(ends) - 1)
     tables = (
+        ends,
+        of_token,
         ends[of_token],
         ends[of_token + 1],
         blocks[of_token],
@@ -191,11 +196,11 @@ def lawful_strides(shape: list[int], strides: list[int], step: int) -> list[int]
 def split_queries(branch: str, tiles: int, step: int, p: Problem) -> tuple[int, int]:
     """In how many parts the queries of a key tile's gradients are taken, and how many tokens a part has, whole steps of `step`.
 
-    Keys of the compressed branch and of the first blocks ("cmp", "init") have long ranges of queries. tiles: of all batch entries
-    and groups.
+    Keys of the compressed branch and of the first blocks ("cmp", "init", "first") have long ranges of queries. tiles: of all
+    batch entries and groups.
     """
     splits = 1
-    if branch in ("cmp", "init"):
+    if branch in ("cmp", "init", "first"):
         splits = max(1, min(DKV_PROGRAMS // tiles, cdiv(p.n, 8 * step), MOST_SPLITS))
     return splits, cdiv(cdiv(p.n, splits), step) * step
 
