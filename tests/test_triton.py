@@ -76,8 +76,6 @@ CASES = table(f"""
 4/2 16 4,2,8 2+1+1 9 17+1+9+24 1 shared model f32
 2/1 32 4,2,8 3+1+2 16 61 2 shared sliced f32
 3/1 16 8,4,8 1+2+1 8 20+27 1 shared plain f32
-2/1 16 8,4,16 2+1+2 9 150+0+61+1 1 own model f32
-3/1 8 4,2,8 2+2+0 10 3+97+0 1 shared sliced f32
 """)
 
 
@@ -140,18 +138,27 @@ def test_a_block_too_large_for_the_chip_is_taken_in_parts(monkeypatch: pytest.Mo
         assert_the_operator_is_right(parse(line), "cpu")
 
 
-@pytest.mark.parametrize(("lengths", "branch"), [("90+0+1+70", "first"), ("15+9+16", "init")])
-def test_the_first_blocks_of_long_documents_are_gathered(monkeypatch: pytest.MonkeyPatch, lengths: str, branch: str) -> None:
+@pytest.mark.parametrize(
+    ("line", "branch", "keys"),
+    [
+        ("2/1 16 8,4,16 2+1+1 9 90+0+1+70 1 own model f32", "first", 4 * 16),
+        ("3/1 8 4,2,8 2+2+0 10 3+97+0 1 shared sliced f32", "first", 3 * 16),
+        ("2/1 16 8,4,16 2+1+1 9 15+9+16 1 own model f32", "init", 40),
+    ],
+)
+def test_the_first_blocks_of_long_documents_are_gathered(
+    monkeypatch: pytest.MonkeyPatch, line: str, branch: str, keys: int
+) -> None:
     """Where they lie, all queries of a document would be one program's."""
     from nsa_cli.ops.triton import launch
 
     branches, plain = [], launch.attend_dkv
-    patched(monkeypatch, attend_dkv=lambda name, *rest: branches.append((name, rest[1].shape[2])) or plain(name, *rest))
-    case = parse(f"2/1 16 8,4,16 2+1+1 9 {lengths} 1 own model f32")
-    assert_the_operator_is_right(case, "cpu")
+    keep = lambda name, *rest: branches.append((name, rest[1].shape[2])) or plain(name, *rest)  # noqa: E731
+    patched(monkeypatch, attend_dkv=keep, LONG_DOCUMENT=0)
+    assert_the_operator_is_right(parse(line), "cpu")
     found = dict(branches)
     assert {"first", "init"} & found.keys() == {branch}
-    assert found[branch] == (4 * 16 if branch == "first" else sum(case.lengths))
+    assert found[branch] == keys
 
 
 def test_the_same_input_gives_the_same_bits() -> None:

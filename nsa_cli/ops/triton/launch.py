@@ -30,6 +30,8 @@ MOST_ROWS = 128
 """Of a tile, for a group of at most as many heads."""
 ITEM = {"forward": 64, "backward": 128}
 """Queries an item of the inverted index, at most."""
+LONG_DOCUMENT = 4096
+"""Packed tokens from which first blocks are gathered: with fewer, launches cost more than steps one after another."""
 KEY_BYTES = {2: 2**16, 4: 2**15}
 """A selected block's keys, or values, on chip at a time, by the bytes of a number (float32's products take registers)."""
 
@@ -330,14 +332,14 @@ def _first_blocks(
     """dk and dv of the first num_init blocks of every packed document: float32 [b, s, g, d].
 
     These blocks have long ranges of queries, and are few among all keys. Gathered, they are split and added up like the first
-    blocks of one sequence; as they lie, one program a group would have the first block of a long document. Where documents are
-    so short that this gathers more than half of the keys, they stay.
+    blocks of one sequence; as they lie, one program a group would have the first block of a long document. Where no document is
+    long, or this would gather more than half of the keys, they stay.
     """
     documents, config = p.documents, p.config
     assert documents is not None
     length, block = config.num_init * config.select_block, config.select_block
     start, end = documents.ends[:-1, None], documents.ends[1:, None]
-    if 2 * len(start) * length > p.keys:
+    if p.keys < LONG_DOCUMENT or 2 * len(start) * length > p.keys:
         return attend_dkv("init", q, k, v, do, lse, delta, gate, p)
     place = torch.arange(length, dtype=torch.int32, device=p.device)
     token = start + place
