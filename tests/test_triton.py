@@ -152,11 +152,14 @@ def test_the_first_blocks_of_long_documents_are_gathered(
     """Where they lie, all queries of a document would be one program's."""
     from nsa_cli.ops.triton import launch
 
-    branches, plain = [], launch.attend_dkv
-    keep = lambda name, *rest: branches.append((name, rest[1].shape[2])) or plain(name, *rest)  # noqa: E731
-    patched(monkeypatch, attend_dkv=keep, LONG_DOCUMENT=0)
+    found, plain = dict[str, int](), launch.attend_dkv
+
+    def noted(name: str, q: Any, k: Any, *rest: Any) -> Any:
+        found[name] = k.shape[2]
+        return plain(name, q, k, *rest)
+
+    patched(monkeypatch, attend_dkv=noted, LONG_DOCUMENT=0)
     assert_the_operator_is_right(parse(line), "cpu")
-    found = dict(branches)
     assert {"first", "init"} & found.keys() == {branch}
     assert found[branch] == keys
 

@@ -31,6 +31,8 @@ LOCAL = tl.constexpr(2)
 """The num_local newest selection blocks, up to the query."""
 INIT = tl.constexpr(3)
 """The first num_init selection blocks, as far as they are not LOCAL."""
+BRANCHES = {"cmp": CMP, "win": WIN, "local": LOCAL, "init": INIT, "first": CMP}
+"""As launches name them. "first": keys to which tables give their ranges of queries, as they do to packed compressed ones."""
 LEAST = tl.constexpr(-1e30)
 """Where running maxima start."""
 LEAST_ROWS = 16

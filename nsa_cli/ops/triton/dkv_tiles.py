@@ -43,7 +43,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from nsa_cli.ops.triton.attend import CMP, INIT, LOCAL, WIN
+from nsa_cli.ops.triton import attend
 from nsa_cli.ops.triton.hopper import DTYPES, barrier, head_boxes, layout_of, load_box, make_barriers, make_tiles, view
 from nsa_cli.ops.triton.problem import Problem, cdiv, lawful_strides, split_queries
 
@@ -67,7 +67,6 @@ class Plan(NamedTuple):
     early: bool
 
 
-BRANCHES = {"cmp": CMP, "win": WIN, "local": LOCAL, "init": INIT, "first": CMP}
 LONG, SHORT, NARROW = Plan(2, 4, True), Plan(1, 2, False), Plan(1, 4, True)
 """For the compressed branch and the window; for the forced blocks; for heads of 64 channels."""
 REGISTERS = {1: (24,), 2: (240, 24)}
@@ -76,38 +75,8 @@ MOST_REGISTERS = {1: 128}
 """By consumers: on average of a program's threads, where two programs have all registers."""
 
 
-@gluon.jit
-def query_bounds(
-    o_s, N, OFFSET, p_start, p_end, p_first, p_last, BRANCH: gl.constexpr, LENGTH: gl.constexpr, STRIDE: gl.constexpr,
-    BLOCK: gl.constexpr, NUM_LOCAL: gl.constexpr, NUM_INIT: gl.constexpr, WINDOW: gl.constexpr, PACKED: gl.constexpr,
-):  # fmt: skip
-    """`attend.query_bounds`."""
-    if BRANCH == CMP:
-        if PACKED:
-            low = gl.load(p_first + o_s)
-            high = gl.load(p_last + o_s)
-        else:
-            low = gl.minimum(gl.maximum(o_s * STRIDE + LENGTH - 1 - OFFSET, 0), N)
-            high = o_s * 0 + N
-    else:
-        start = o_s * 0
-        high = o_s * 0 + N + OFFSET
-        if PACKED:
-            start = gl.load(p_start + o_s)
-            high = gl.load(p_end + o_s)
-        low = o_s
-        if BRANCH == WIN:
-            high = gl.minimum(high, o_s + WINDOW)
-        else:
-            block = (o_s - start) // BLOCK
-            local = gl.minimum(gl.maximum(start + (block + NUM_LOCAL) * BLOCK, o_s), high)
-            if BRANCH == LOCAL:
-                high = local
-            else:
-                low = gl.where(block < NUM_INIT, local, high)
-        low = gl.maximum(low - OFFSET, 0)
-        high = gl.maximum(high - OFFSET, 0)
-    return low, high
+query_bounds = gluon.jit(attend.query_bounds.fn)
+"""The portable kernel's own, in this language."""
 
 
 @gluon.jit
@@ -235,15 +204,15 @@ def consume(
     j0 += W * KEYS
     o_s = gl.minimum(j0 + gl.arange(0, KEYS, layout=gl.SliceLayout(1, SCORES)), COUNT - 1)
     low, high = query_bounds(
-        o_s, N, OFFSET, p_start, p_end, p_first, p_last, BRANCH, LENGTH, STRIDE, BLOCK, NUM_LOCAL, NUM_INIT, WINDOW, PACKED
+        o_s, N, OFFSET, p_start, p_end, p_first, p_last, BRANCH, LENGTH, STRIDE, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED
     )
     from_query, all_to = query_bounds(
-        gl.minimum(j0, COUNT - 1), N, OFFSET, p_start, p_end, p_first, p_last, BRANCH, LENGTH, STRIDE, BLOCK, NUM_LOCAL, NUM_INIT,
+        gl.minimum(j0, COUNT - 1), N, OFFSET, p_start, p_end, p_first, p_last, BRANCH, LENGTH, STRIDE, BLOCK, NUM_INIT, NUM_LOCAL,
         WINDOW, PACKED,
     )  # fmt: skip
     all_from, to_query = query_bounds(
-        gl.minimum(j0 + KEYS, COUNT) - 1, N, OFFSET, p_start, p_end, p_first, p_last, BRANCH, LENGTH, STRIDE, BLOCK, NUM_LOCAL,
-        NUM_INIT, WINDOW, PACKED,
+        gl.minimum(j0 + KEYS, COUNT) - 1, N, OFFSET, p_start, p_end, p_first, p_last, BRANCH, LENGTH, STRIDE, BLOCK, NUM_INIT,
+        NUM_LOCAL, WINDOW, PACKED,
     )  # fmt: skip
     # Its own steps, at least one; in a step of none of its keys' queries all is masked.
     first = gl.minimum(gl.maximum(from_query - t0, 0) // TOKENS, steps - 1)
@@ -294,11 +263,11 @@ def dkv_tiles(
     tiles = gl.cdiv(COUNT, BN)
     j0 = i % tiles * BN
     from_query, _ = query_bounds(
-        j0, N, OFFSET, p_start, p_end, p_first, p_last, BRANCH, LENGTH, STRIDE, BLOCK, NUM_LOCAL, NUM_INIT, WINDOW, PACKED
+        j0, N, OFFSET, p_start, p_end, p_first, p_last, BRANCH, LENGTH, STRIDE, BLOCK, NUM_INIT, NUM_LOCAL, WINDOW, PACKED
     )
     _, to_query = query_bounds(
-        gl.minimum(j0 + BN, COUNT) - 1, N, OFFSET, p_start, p_end, p_first, p_last, BRANCH, LENGTH, STRIDE, BLOCK, NUM_LOCAL,
-        NUM_INIT, WINDOW, PACKED,
+        gl.minimum(j0 + BN, COUNT) - 1, N, OFFSET, p_start, p_end, p_first, p_last, BRANCH, LENGTH, STRIDE, BLOCK, NUM_INIT,
+        NUM_LOCAL, WINDOW, PACKED,
     )  # fmt: skip
     own, late = gl.minimum(from_query // CHUNK, SPLITS - 1), SPLITS - 1 - i // tiles
     i_split = gl.where(late == 0, own, late - (late <= own).to(gl.int32))
@@ -396,7 +365,7 @@ def attend_dkv(
     dkv_tiles[(tiles * splits,)](
         token_boxes(q, p.r), token_boxes(do, p.r), head_boxes(k, KEYS.value, p.d), head_boxes(v, KEYS.value, p.d), dk, dv, lse,
         delta, delta if gate is None else gate, *tables, p.n, p.offset, keys, p.b * p.g, chunk, splits, p.scale_log2, p.scale,
-        G=p.g, R=p.r, BRANCH=BRANCHES[branch].value, **p.bounds(), GATED=gate is not None, CONSUMERS=plan.consumers,
+        G=p.g, R=p.r, BRANCH=attend.BRANCHES[branch].value, **p.bounds(), GATED=gate is not None, CONSUMERS=plan.consumers,
         RING=plan.ring, EARLY=plan.early, REGISTERS=REGISTERS[plan.consumers], num_warps=4, **({"maxnreg": cap} if cap else {}),
     )  # fmt: skip
     return (dk[0], dv[0]) if splits == 1 else (dk.sum(0), dv.sum(0))

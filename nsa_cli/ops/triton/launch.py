@@ -51,11 +51,6 @@ def _stays(x: Tensor, rp: int, rows: int, width: int) -> Tensor | TensorDescript
     return head_rows(x, rows, width) if rp == 1 else x
 
 
-def _branch(branch: str) -> int:
-    branches = {"cmp": attend.CMP, "win": attend.WIN, "local": attend.LOCAL, "init": attend.INIT, "first": attend.CMP}
-    return branches[branch].value
-
-
 NAMES = {"cmp": "compressed", "win": "window"}
 
 
@@ -77,7 +72,7 @@ def attend_forward(branch: str, q: Tensor, k: Tensor, v: Tensor, out: Tensor, ls
         _stays(q, rp, m, p.dk), head_rows(k, tile.keys, p.dk), head_rows(v, tile.keys, p.dv), _stays(out, rp, m, p.dv), lse,
         p.table("start"), p.table("base"), p.n, p.offset,
         p.b * units, p.scale_log2, *_at(q), *_at(out), UNITS=units, SHARE=share, R=r, RP=rp, D=p.d, E=p.e, DK=p.dk, DV=p.dv,
-        BRANCH=_branch(branch), **p.bounds(),
+        BRANCH=attend.BRANCHES[branch].value, **p.bounds(),
         M=m, BN=tile.keys, PRECISION=p.precision, **tile.options(),
     )  # fmt: skip
 
@@ -289,7 +284,7 @@ def attend_dq(
         _stays(q, rp, m, p.dk), _stays(do, rp, m, p.dv), head_rows(k, tile.keys, p.dk), head_rows(v, tile.keys, p.dv),
         _stays(dq, rp, m, p.dk), lse, delta, gate, p.table("start"), p.table("base"), p.n, p.offset, p.b * units,
         p.scale_log2, p.scale, *_at(q), *_at(do), *_at(dq), UNITS=units, SHARE=share,
-        R=r, RP=rp, D=p.d, E=p.e, DK=p.dk, DV=p.dv, BRANCH=_branch(branch), **p.bounds(), M=m, BN=tile.keys,
+        R=r, RP=rp, D=p.d, E=p.e, DK=p.dk, DV=p.dv, BRANCH=attend.BRANCHES[branch].value, **p.bounds(), M=m, BN=tile.keys,
         PRECISION=p.precision, ADD=add, GATED=gate is not None,
         **tile.options(),
     )  # fmt: skip
@@ -320,7 +315,7 @@ def attend_dkv(
         group_rows(q, p.g, p.rp, m, p.dk), group_rows(do, p.g, p.rp, m, p.dv), head_rows(k, tile.keys, p.dk),
         head_rows(v, tile.keys, p.dv), dk, dv, lse, delta, gate, p.table("start"), p.table("end"), p.table("first"),
         p.table("last"), p.n, p.offset, keys, p.b * p.g, chunk, p.scale_log2, p.scale, UNITS=p.g, R=p.r, RP=p.rp, D=p.d, E=p.e,
-        DK=p.dk, DV=p.dv, BRANCH=_branch(branch), **p.bounds(), M=m, BN=tile.keys, PRECISION=p.precision,
+        DK=p.dk, DV=p.dv, BRANCH=attend.BRANCHES[branch].value, **p.bounds(), M=m, BN=tile.keys, PRECISION=p.precision,
         GATED=gate is not None, **tile.options(),
     )  # fmt: skip
     return (dk[0], dv[0]) if splits == 1 else (dk.sum(0), dv.sum(0))
@@ -406,12 +401,9 @@ def selected_backward(
         dk = torch.zeros(p.b, p.keys, p.g, p.d, dtype=torch.float32, device=p.device)
         dv = torch.zeros(p.b, p.keys, p.g, p.e, dtype=torch.float32, device=p.device)
     if forced and config.num_init > 0:
-        if p.packed:
-            keys = p.keys
-            dk_init, dv_init = _first_blocks(q, k, v, do, lse, delta, gate, p)
-        else:
-            keys = min(config.num_init * config.select_block, p.keys)
-            dk_init, dv_init = attend_dkv("init", q, k, v, do, lse, delta, gate, p, keys)
+        keys = p.keys if p.packed else min(config.num_init * config.select_block, p.keys)
+        arguments = (q, k, v, do, lse, delta, gate, p)
+        dk_init, dv_init = _first_blocks(*arguments) if p.packed else attend_dkv("init", *arguments, keys)
         dk[:, :keys] += dk_init
         dv[:, :keys] += dv_init
     s = Selection(indices, p, forced=forced, way="backward")
