@@ -143,6 +143,7 @@ def test_a_block_too_large_for_the_chip_is_taken_in_parts(monkeypatch: pytest.Mo
     [
         ("2/1 16 8,4,16 2+1+1 9 90+0+1+70 1 own model f32", "first", 4 * 16),
         ("3/1 8 4,2,8 2+2+0 10 3+97+0 1 shared sliced f32", "first", 3 * 16),
+        ("2/2 16 8,4,16 2+1+1 9 101+ 1 shared model f32", "first", 16),
         ("2/1 16 8,4,16 2+1+1 9 15+9+16 1 own model f32", "init", 40),
     ],
 )

@@ -28,7 +28,7 @@ COLUMNS = "heads dim blocks n window tokens batch keys layout dtype"
 
 @dataclass(frozen=True)
 class Case:
-    """One call of the operator. lengths: packed documents, or the one length of every sequence of the batch.
+    """One call of the operator. lengths: packed documents, or, not packed, the one length of every sequence of the batch.
 
     shared: q_cmp, k_win and v_win are left out. layout: of the inputs in memory, see `arrange`.
     """
@@ -40,6 +40,7 @@ class Case:
     dim_v: int
     config: NSAConfig
     lengths: tuple[int, ...]
+    packed: bool
     batch: int
     shared: bool
     layout: str
@@ -47,12 +48,12 @@ class Case:
 
     @property
     def cu_seqlens(self) -> Tensor | None:
-        return cu(list(self.lengths)) if len(self.lengths) > 1 else None
+        return cu(list(self.lengths)) if self.packed else None
 
     def inputs(self, device: str) -> Inputs:
         x = make_inputs(
             self.config, self.lengths[0], batch=self.batch, heads=self.heads, kv_heads=self.kv_heads, dim=self.dim,
-            dim_v=self.dim_v, dtype=self.dtype, lengths=list(self.lengths) if len(self.lengths) > 1 else None, device=device,
+            dim_v=self.dim_v, dtype=self.dtype, lengths=list(self.lengths) if self.packed else None, device=device,
         )  # fmt: skip
         return x.map(lambda name, tensor: arrange(tensor, self.layout).requires_grad_())
 
@@ -61,7 +62,7 @@ def parse(line: str) -> Case:
     """The case of a line of COLUMNS: `8/2 192/128 8,4,16 5+1+2 33 65 2 shared model f32`.
 
     heads: Hq/Hkv. dim: of queries and keys, and of the values where it is another. n: free places + num_init + num_local.
-    tokens: packed documents joined by +.
+    tokens: packed documents joined by +; "90+" is a single one.
     """
     heads, dim, blocks, n, window, tokens, batch, keys, layout, dtype = line.split()
     length, stride, block = (int(size) for size in blocks.split(","))
@@ -72,9 +73,10 @@ def parse(line: str) -> Case:
     )  # fmt: skip
     dims = [int(size) for size in dim.split("/")]
     hq, hkv = (int(count) for count in heads.split("/"))
-    lengths = tuple(int(length) for length in tokens.split("+"))
+    lengths = tuple(int(length) for length in tokens.split("+") if length)
     name = "-".join(line.split()).replace("/", ":")
-    return Case(name, hq, hkv, dims[0], dims[-1], config, lengths, int(batch), keys == "shared", layout, DTYPES[dtype])
+    packed = "+" in tokens
+    return Case(name, hq, hkv, dims[0], dims[-1], config, lengths, packed, int(batch), keys == "shared", layout, DTYPES[dtype])
 
 
 def table(text: str) -> list[Case]:

@@ -340,7 +340,7 @@ def _first_blocks(
     token = start + place
     later = torch.maximum(start + (place // block + config.num_local) * block, token)  # the first query that is not LOCAL to it
     low = torch.where(token < end, torch.minimum(later, end), end)
-    ranges = replace(documents, first=low.flatten(), last=end.expand_as(low).flatten())
+    ranges = replace(documents, first=low.flatten(), last=end.repeat(1, length).flatten())
     rows = token.flatten().clamp(max=p.keys - 1)
     k_first, v_first = aligned(k[:, :, rows]), aligned(v[:, :, rows])
     sums = attend_dkv("first", q, k_first, v_first, do, lse, delta, gate, replace(p, documents=ranges))

@@ -156,7 +156,11 @@ class Problem:
 
     def table(self, name: str) -> Tensor | None:
         """A table of the packed documents, None without them."""
-        return None if self.documents is None else getattr(self.documents, name)
+        if self.documents is None:
+            return None
+        table: Tensor = getattr(self.documents, name)
+        assert table.is_contiguous(), name  # kernels go through it by its first address
+        return table
 
     def bounds(self) -> dict[str, int | bool]:
         """The constants that attend.key_bounds and query_bounds take."""
