@@ -296,7 +296,7 @@ def attend_dkv(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dk and dv of a branch, or of the "local" or "init" forced blocks, over the first `keys` keys: float32 [b, s, g, d].
 
-    "first": of keys that p's documents give any ranges of queries, as `_first_blocks` asks.
+    "first": of keys that p's documents give any ranges of queries, as `_add_first_blocks` asks.
     """
     if has_tiles(p.device):
         from nsa_cli.ops.triton import dkv_tiles
@@ -321,33 +321,38 @@ def attend_dkv(
     return (dk[0], dv[0]) if splits == 1 else (dk.sum(0), dv.sum(0))
 
 
-def _first_blocks(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, gate: Tensor | None, p: Problem
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dk and dv of the first num_init blocks of every packed document: float32 [b, s, g, d].
+def _add_first_blocks(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, gate: Tensor | None, p: Problem, dk: Tensor,
+    dv: Tensor,
+) -> None:  # fmt: skip
+    """Adds dk and dv of the first num_init blocks, of every packed document, to dk and dv, float32 [b, s, g, d].
 
-    These blocks have long ranges of queries, and are few among all keys. Gathered, they are split and added up like the first
-    blocks of one sequence; as they lie, one program a group would have the first block of a long document. Where no document is
-    long, or this would gather more than half of the keys, they stay.
+    These blocks have long ranges of queries, and those of documents are few among all keys. Gathered, they are split and added
+    up like the first blocks of one sequence; as they lie, one program a group would have the first block of a long document.
+    Where no document is long, or this would gather more than half of the keys, they stay.
     """
     documents, config = p.documents, p.config
-    assert documents is not None
     length, block = config.num_init * config.select_block, config.select_block
+    arguments = (q, k, v, do, lse, delta, gate)
+    if documents is None or p.keys < LONG_DOCUMENT or 2 * (len(documents.ends) - 1) * length > p.keys:
+        keys = p.keys if p.packed else min(length, p.keys)
+        for total, part in zip((dk, dv), attend_dkv("init", *arguments, p, keys), strict=True):
+            total[:, :keys] += part
+        return
     start, end = documents.ends[:-1, None], documents.ends[1:, None]
-    if p.keys < LONG_DOCUMENT or 2 * len(start) * length > p.keys:
-        return attend_dkv("init", q, k, v, do, lse, delta, gate, p)
     place = torch.arange(length, dtype=torch.int32, device=p.device)
     token = start + place
     later = torch.maximum(start + (place // block + config.num_local) * block, token)  # the first query that is not LOCAL to it
     low = torch.where(token < end, torch.minimum(later, end), end)
     ranges = replace(documents, first=low.flatten(), last=end.repeat(1, length).flatten())
-    rows = token.flatten().clamp(max=p.keys - 1)
-    k_first, v_first = aligned(k[:, :, rows]), aligned(v[:, :, rows])
-    sums = attend_dkv("first", q, k_first, v_first, do, lse, delta, gate, replace(p, documents=ranges))
-    inside = torch.arange(p.keys, dtype=torch.int32, device=p.device) - documents.start
-    row = documents.document * length + inside.clamp(max=length - 1)
-    dk, dv = (torch.where((inside < length)[:, None, None], x[:, row], 0.0) for x in sums)
-    return dk, dv
+    at = token.flatten().clamp(max=p.keys - 1).long()
+    gathered = (q, aligned(k[:, :, at]), aligned(v[:, :, at]), *arguments[3:])
+    parts = attend_dkv("first", *gathered, replace(p, documents=ranges))
+    # Behind a document's end, `at` has tokens of the next ones, twice then: they get the same sum twice.
+    inside = at - documents.start[at]
+    row, first = documents.document[at] * length + inside.clamp(max=length - 1), (inside < length)[:, None, None]
+    for total, part in zip((dk, dv), parts, strict=True):
+        total.index_copy_(1, at, total[:, at] + torch.where(first, part[:, row], 0.0))
 
 
 def selected_gradient_parts(
@@ -401,11 +406,7 @@ def selected_backward(
         dk = torch.zeros(p.b, p.keys, p.g, p.d, dtype=torch.float32, device=p.device)
         dv = torch.zeros(p.b, p.keys, p.g, p.e, dtype=torch.float32, device=p.device)
     if forced and config.num_init > 0:
-        keys = p.keys if p.packed else min(config.num_init * config.select_block, p.keys)
-        arguments = (q, k, v, do, lse, delta, gate, p)
-        dk_init, dv_init = _first_blocks(*arguments) if p.packed else attend_dkv("init", *arguments, keys)
-        dk[:, :keys] += dk_init
-        dv[:, :keys] += dv_init
+        _add_first_blocks(q, k, v, do, lse, delta, gate, p, dk, dv)
     s = Selection(indices, p, forced=forced, way="backward")
     finish = _tile("selected_gradient_finish", p)
     m = _rows(finish, p)
