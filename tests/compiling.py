@@ -89,6 +89,15 @@ def train(heads: int, lengths: list[int], dim: int = 128) -> None:
     launch.selected_gradient_parts(q, k, v, do, lse, delta, gate, part_dq, part_dk, part_dk, (0, 1), 0, s, p)
 
 
+def choose(dim: int) -> None:
+    """Compressed attention that leaves block sums, and the choice from them."""
+    config, n = NSAConfig(), 300
+    p = Problem(config=config, b=1, h=8, g=2, n=n, d=dim, e=dim, dtype=torch.bfloat16, device=CPU, scale=0.1)
+    k_cmp = draw(1, 2, config.num_compressed(n), dim)
+    assert attend_tiles.sums_fit(p)
+    launch.attend_and_select(draw(1, 8, n, dim), k_cmp, k_cmp, draw(1, 8, n, dim), torch.zeros(1, n, 8), p)
+
+
 def decode() -> None:
     """A product of a batch, and attention of one launch."""
     x, weight, counters = draw(64, 256), draw(512, 256), torch.zeros(64, dtype=torch.int32)
@@ -108,4 +117,6 @@ if __name__ == "__main__":
     compile_only()
     train(8, [100, 200])
     train(32, [200], dim=64)
+    choose(64)
+    choose(128)
     decode()

@@ -15,7 +15,7 @@ from nsa_cli.config import NSAConfig
 from nsa_cli.ops.triton import attend_tiles, dkv_tiles, gradient_tiles, parts_tiles
 from nsa_cli.ops.triton.device import GLUON
 from nsa_cli.ops.triton.launch import Selection
-from nsa_cli.ops.triton.problem import Problem
+from nsa_cli.ops.triton.problem import Problem, make_documents
 from tests.command_line import ROOT, environment
 
 CHIP = 227 * 1024
@@ -23,6 +23,7 @@ CHIP = 227 * 1024
 PAPER = Problem(
     config=NSAConfig(), b=1, h=16, g=1, n=200, d=128, e=128, dtype=torch.bfloat16, device=torch.device("cpu"), scale=0.1
 )
+TWO = make_documents(torch.tensor([0, 90, 200]), 200, 10, PAPER.config)
 
 
 @pytest.mark.skipif(not GLUON, reason="needs Triton 3.6 or later")
@@ -33,7 +34,7 @@ def test_they_compile_for_hopper_on_a_machine_without_a_gpu_and_fit_on_its_chip(
     made: dict[str, list[int]] = {}
     for line in map(json.loads, done.stdout.splitlines()):
         made.setdefault(line["kernel"], []).append(line["shared"])
-    tiles = {"forward_tiles", "dq_tiles", "dkv_tiles", "parts_tiles", "gradient_tiles"}
+    tiles = {"forward_tiles", "select_from_sums", "dq_tiles", "dkv_tiles", "parts_tiles", "gradient_tiles"}
     assert tiles | {"linear_tiles_kernel", "attend_group_tiles"} <= made.keys()
     assert max(map(max, made.values())) <= CHIP
     for shared in (max(made["gradient_tiles"]), sorted(made["dkv_tiles"])[-3]):  # the two largest have a multiprocessor each
@@ -41,27 +42,29 @@ def test_they_compile_for_hopper_on_a_machine_without_a_gpu_and_fit_on_its_chip(
 
 
 @pytest.mark.parametrize(
-    ("problem", "attend", "dkv", "parts", "gradient"),
+    ("problem", "attend", "sums", "dkv", "parts", "gradient"),
     [
-        (PAPER, True, True, True, True),
-        (replace(PAPER, dtype=torch.float16, h=64, g=2), True, True, True, True),
-        (replace(PAPER, dtype=torch.float32), False, False, False, False),
-        (replace(PAPER, d=64, e=64), False, True, False, True),
-        (replace(PAPER, d=96, e=128), True, False, False, False),  # zeros beside the channels cost products, but no other kernel
-        (replace(PAPER, d=192), False, False, False, False),
-        (replace(PAPER, h=4), True, True, False, False),  # one query's box of fewer than 8 heads is no whole pattern on chip
-        (replace(PAPER, h=12), True, False, False, False),
-        (replace(PAPER, config=NSAConfig(num_local=0)), True, True, False, False),  # a query's own block among the free ones
-        (replace(PAPER, config=NSAConfig(select_block=128)), True, True, False, False),
-        (replace(PAPER, config=NSAConfig(num_selected=3)), True, True, False, False),  # nothing to choose
+        (PAPER, True, True, True, True, True),
+        (replace(PAPER, dtype=torch.float16, h=64, g=2), True, True, True, True, True),
+        (replace(PAPER, dtype=torch.float32), False, False, False, False, False),
+        (replace(PAPER, d=64, e=64), False, True, True, False, True),
+        (replace(PAPER, d=96, e=128), True, True, False, False, False),  # zeros beside the channels cost products alone
+        (replace(PAPER, d=192), False, False, False, False, False),
+        (replace(PAPER, h=4), True, True, True, False, False),  # a query's box of fewer than 8 heads is no whole pattern
+        (replace(PAPER, h=12), True, True, False, False, False),
+        (replace(PAPER, config=NSAConfig(num_local=0)), True, True, True, False, False),  # a query's own block is free
+        (replace(PAPER, config=NSAConfig(select_block=128)), True, False, True, False, False),  # eight compressed blocks each
+        (replace(PAPER, config=NSAConfig(compress_block=16)), True, False, True, True, True),  # blocks share none
+        (replace(PAPER, documents=TWO), True, False, True, True, True),
+        (replace(PAPER, config=NSAConfig(num_selected=3)), True, True, True, False, False),  # nothing to choose
     ],
 )
 def test_what_they_cannot_do_is_left_to_the_portable_kernels(
-    problem: Problem, attend: bool, dkv: bool, parts: bool, gradient: bool
+    problem: Problem, attend: bool, sums: bool, dkv: bool, parts: bool, gradient: bool
 ) -> None:
     indices = torch.zeros(1, problem.g, problem.n, problem.config.num_selected, dtype=torch.int32)
     ways = [Selection(indices, problem, forced=True, way=way) for way in ("forward", "backward")]
-    assert [attend_tiles.fits(problem), dkv_tiles.fits(problem)] == [attend, dkv]
+    assert [attend_tiles.fits(problem), attend_tiles.sums_fit(problem), dkv_tiles.fits(problem)] == [attend, sums, dkv]
     assert [parts_tiles.fits(problem, ways[0]), gradient_tiles.fits(problem, ways[1])] == [parts, gradient]
 
 

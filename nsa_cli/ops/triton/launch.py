@@ -19,6 +19,8 @@ from nsa_cli.ops.triton.problem import Problem, aligned, cdiv, group_rows, head_
 
 SCORE_ELEMENTS = 2**26
 """Float32 block scores alive at a time (256 MiB): importance and selection run in chunks of queries."""
+SUM_BYTES = 2**30
+"""Bytes of every head's block sums alive at a time, where the compressed branch stores them."""
 PART_BYTES = {"forward": 2**31, "backward": 2**30}
 """Bytes of partial outputs, or query gradients, alive at a time in the selected branch."""
 UNIT_TOKENS = {"forward": 4096, "backward": 8192}
@@ -106,11 +108,50 @@ def select(q: Tensor, k_cmp: Tensor, lse: Tensor, p: Problem) -> Tensor:
     for t0 in range(0, p.n, rows):
         t1 = min(t0 + rows, p.n)
         block_importance(q, k_cmp, lse, scores, t0, t1, p)
-        width = max(16, next_power_of_2(_reach(t1, p)))
+        words = next_power_of_2(cdiv(_reach(t1, p), selection.WORD.value))
         selection.select_top[(p.b * p.g * (t1 - t0),)](
             scores, indices, p.table("start"), p.table("sel_base"), t0, t1, p.n, p.offset, blocks, BLOCK=config.select_block,
             NUM=config.num_selected, NUM_INIT=config.num_init, NUM_LOCAL=config.num_local, PACKED=p.packed,
-            PLACES=next_power_of_2(config.num_selected), WIDTH=width, num_warps=max(1, min(8, width // 2048)),
+            PLACES=next_power_of_2(config.num_selected), WORDS=words, num_warps=max(1, min(8, words // 64)),
+        )  # fmt: skip
+    return indices
+
+
+def attend_and_select(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, p: Problem) -> Tensor:
+    """The compressed branch: writes its output and log-sum-exp; returns `select`'s block_indices."""
+    if has_tiles(p.device):
+        from nsa_cli.ops.triton import attend_tiles
+
+        if attend_tiles.sums_fit(p):
+            return _attend_and_select(q, k, v, out, lse, p)
+    attend_forward("cmp", q, k, v, out, lse, p)
+    return select(q, k, lse, p)
+
+
+def _attend_and_select(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, p: Problem) -> Tensor:
+    """In one pass over the compressed keys: their attention stores block sums of every head, for a chunk of queries at a time."""
+    from nsa_cli.ops.triton import attend_tiles
+
+    config, tile, word = p.config, selection.SPREAD.value, selection.WORD.value
+    keys = config.num_compressed(p.keys)
+    tiles = max(cdiv(keys, tile), 1)
+    spread = torch.empty(2, p.b, p.g, tiles * tile, p.dk, dtype=p.dtype, device=p.device)
+    selection.spread_keys[(tiles * p.b * p.g, 2)](
+        k, v, spread, keys, p.b * p.g, *_at(k), *_at(v), G=p.g, D=p.d, E=p.e, WIDTH=p.dk, num_warps=8
+    )
+    indices = torch.empty(p.b, p.g, p.n, config.num_selected, dtype=torch.int32, device=p.device)
+    rows = min(p.n, max(MOST_ROWS, SUM_BYTES // (p.b * p.h * tiles * (2 * word + 8)) // MOST_ROWS * MOST_ROWS))
+    sums = torch.empty(p.b * p.h * rows * tiles * word, dtype=torch.float16, device=p.device)
+    marks = torch.empty(p.b * p.h * rows * tiles * 2, dtype=torch.float32, device=p.device)
+    for t0 in range(0, p.n, rows):
+        t1 = min(t0 + rows, p.n)
+        attend_tiles.attend_forward(q, spread[0], spread[1], out, lse, p, attend_tiles.Sums(t0, t1, tiles, sums, marks))
+        words = next_power_of_2(cdiv(_reach(t1, p), word))
+        selection.select_from_sums[(p.b * p.g * (t1 - t0),)](
+            sums, marks, lse, indices, t0, t1, p.n, p.offset, tiles, G=p.g, R=p.r, LENGTH=config.compress_block,
+            STRIDE=config.compress_stride, BLOCK=config.select_block, NUM=config.num_selected, NUM_INIT=config.num_init,
+            NUM_LOCAL=config.num_local, PLACES=next_power_of_2(config.num_selected), WORDS=words,
+            AT_ONCE=4 if p.r % 4 == 0 else 1, num_warps=max(1, min(8, words // 64)),
         )  # fmt: skip
     return indices
 

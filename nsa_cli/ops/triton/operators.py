@@ -97,8 +97,7 @@ def compressed_forward(
     p = _problem(q, k_cmp, v_cmp, cu_seqlens, geometry, scale, k_cmp.shape[2])
     q, k_cmp, v_cmp, out = aligned(q), _blocks(k_cmp), _blocks(v_cmp), p.empty_rows(p.e)
     lse = _statistics(q)
-    launch.attend_forward("cmp", q, k_cmp, v_cmp, out, lse, p)
-    return out, lse, launch.select(q, k_cmp, lse, p)
+    return out, lse, launch.attend_and_select(q, k_cmp, v_cmp, out, lse, p)
 
 
 @compressed_forward.register_fake
@@ -237,8 +236,7 @@ def attention_forward(
     k_cmp, v_cmp = _blocks(k_cmp), _blocks(v_cmp)
     lse = _statistics(q, 3)
     lse_cmp, lse_slc, lse_win = lse.unbind()
-    launch.attend_forward("cmp", q_cmp, k_cmp, v_cmp, branches[0], lse_cmp, p)
-    indices = launch.select(q_cmp, k_cmp, lse_cmp, p)
+    indices = launch.attend_and_select(q_cmp, k_cmp, v_cmp, branches[0], lse_cmp, p)
     rest = launch.Rest(k_win, v_win, gates, branches[0], branches[2], lse_win, out)
     launch.selected_forward(q, k, v, indices, branches[1], lse_slc, p, forced=True, rest=rest)
     return out, branches, lse, indices
