@@ -49,6 +49,8 @@ def test_they_compile_for_hopper_on_a_machine_without_a_gpu_and_fit_on_its_chip(
         (replace(PAPER, dtype=torch.float32), False, False, False, False, False),
         (replace(PAPER, d=64, e=64), False, True, True, False, True),
         (replace(PAPER, d=96, e=128), True, True, False, False, False),  # zeros beside the channels cost products alone
+        (replace(PAPER, d=48, e=48), False, True, False, False, False),
+        (replace(PAPER, d=64), False, False, False, False, False),
         (replace(PAPER, d=192), False, False, False, False, False),
         (replace(PAPER, h=4), True, True, True, False, False),  # a query's box of fewer than 8 heads is no whole pattern
         (replace(PAPER, h=12), True, True, False, False, False),

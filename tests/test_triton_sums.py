@@ -79,3 +79,46 @@ def test_spread_keys_give_every_thread_keys_side_by_side_and_zeros_beyond(keys: 
         assert torch.equal(back[:, :, :keys, : x.shape[3]], x)
         assert not back[:, :, keys:].any()
         assert not back[..., x.shape[3] :].any()
+
+
+def simply(scores: list[float], current: int, num: int, init: int, local: int) -> list[int]:
+    """The definition's choice: NaN is infinity, equal importance goes to the lower block."""
+    forced = [j for j in range(current + 1) if j < init or j > current - local]
+    free = sorted(set(range(current + 1)) - set(forced), key=lambda j: (-math.inf if math.isnan(scores[j]) else -scores[j], j))
+    chosen = sorted(forced + free[: num - len(forced)])
+    return chosen + [-1] * (num - len(chosen))
+
+
+@pytest.mark.parametrize("kind", ["different", "few values", "equal", "zeros", "not numbers"])
+@pytest.mark.parametrize(
+    ("blocks", "num", "init", "local", "base"),
+    [(1, 5, 1, 2, 0), (33, 5, 0, 0, 0), (64, 3, 1, 2, 40), (100, 40, 33, 2, 7), (130, 16, 1, 2, 0), (70, 8, 2, 0, 31)],
+)
+def test_the_choice_among_blocks_is_the_definitions_to_the_last_tie(
+    kind: str, blocks: int, num: int, init: int, local: int, base: int
+) -> None:
+    """base: where the document's blocks begin among all; what a query may not see is larger than all it may."""
+    from nsa_cli.ops.triton import selection
+
+    rows = 3
+    scores = torch.rand(1, rows, base + blocks + 2)
+    if kind == "few values":
+        scores = (scores * 4).floor()
+    elif kind != "different":
+        scores = torch.full_like(scores, 0.37 if kind == "equal" else 0.0)
+    if kind == "not numbers":
+        scores[torch.rand_like(scores) < 0.1] = math.nan
+        scores[torch.rand_like(scores) < 0.1] = math.inf
+    last = [blocks - 1, max(blocks - 2, 0), blocks // 2]  # a query's own block
+    for row, current in enumerate(last):
+        scores[0, row, base + current + 1 :] = 9.0
+        scores[0, row, :base] = 9.0
+    start = torch.tensor([row - 4 * current for row, current in enumerate(last)], dtype=torch.int32)  # queries are tokens 0, 1, 2
+    indices = torch.full((1, rows, num), -7, dtype=torch.int32)
+    places, words = 1 << (num - 1).bit_length(), 1 << ((blocks - 1) // 32).bit_length()
+    selection.select_top[(rows,)](
+        scores, indices, start, torch.full((rows,), base, dtype=torch.int32), 0, rows, rows, 0, scores.shape[2], BLOCK=4, NUM=num,
+        NUM_INIT=init, NUM_LOCAL=local, PACKED=True, PLACES=places, WORDS=words,
+    )  # fmt: skip
+    for row, current in enumerate(last):
+        assert indices[0, row].tolist() == simply(scores[0, row, base:].tolist(), current, num, init, local), current

@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from nsa_cli.benchmark.parity import check_selection, compare
+from nsa_cli.benchmark.parity import check_selection, compare, near_tie_absolute
 from nsa_cli.config import NSAConfig
 from nsa_cli.ops import compressed_attention, reference, selected_attention, window_attention
 from nsa_cli.ops.dispatch import nsa_attention_and_selection
@@ -178,13 +178,13 @@ def assert_selects(case: Case, x: Inputs, indices: Tensor) -> None:
     q = (x.q if case.shared else x.q_cmp).detach()
     shape = (case.batch, case.kv_heads, q.shape[2], case.config.num_selected)
     assert (indices.dtype, tuple(indices.shape)) == (torch.int32, shape)
-    dtype = reference_dtype(case)
+    dtype, absolute = reference_dtype(case), near_tie_absolute(case.dtype, case.heads // case.kv_heads)
     for rows, blocks in documents(case):
         tokens = rows.stop - rows.start
         p = reference.compressed_probabilities(q[:, :, rows].to(dtype), x.k_cmp.detach()[:, :, blocks].to(dtype), case.config)
         importance = reference.importance(p, tokens, case.config)
         at = torch.arange(tokens, device=q.device)
-        wrong = check_selection(indices[:, :, rows], importance, at, case.config, NEAR_TIE[case.dtype])
+        wrong = check_selection(indices[:, :, rows], importance, at, case.config, NEAR_TIE[case.dtype], absolute)
         assert not wrong, wrong
 
 

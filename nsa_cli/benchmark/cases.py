@@ -98,20 +98,16 @@ def dense_operator(work: Workload, variant: Variant) -> Operator:
     )
 
 
-def _costs(work: Workload, kernel: str, parts: Sequence[str]) -> tuple[int, int]:
+def _costs(work: Workload, parts: Sequence[str]) -> tuple[int, int]:
     """Forward and backward operations of some parts of sparse attention.
 
-    The `torch` and `flex` kernels decide importance from probabilities that they hold anyway: no second pass to
-    count.
+    Importance is none of them: it needs no product that the compressed branch does not need, and a kernel that makes one a second
+    time for it is not credited with that.
     """
     sizes = (work.tokens, work.shape.heads, work.shape.dim_head, work.nsa)
     forward = accounting.sparse_attention_flops(*sizes)
     backward = accounting.sparse_attention_flops(*sizes, backward=True)
-    counted = [part for part in parts if part != "importance" or kernel == "triton"]
-    return (
-        work.batch * sum(getattr(forward, part) for part in counted),
-        work.batch * sum(getattr(backward, part) for part in counted),
-    )
+    return tuple(work.batch * sum(getattr(way, part) for part in parts) for way in (forward, backward))
 
 
 def select(work: Workload, kernel: str) -> Tensor:
@@ -128,7 +124,8 @@ def selection_parity(work: Workload, block_indices: Tensor) -> str:
     q, k_cmp, v_cmp = (work.tensors[name].detach() for name in ("q", "k_cmp", "v_cmp"))
     rows = work.queries
     _, importance = parity.compressed_rows(q[:, :, rows], k_cmp, v_cmp, rows, work.tokens, work.nsa)
-    return parity.check_selection(block_indices[:, :, rows], importance, rows, work.nsa, parity.NEAR_TIE[q.dtype])
+    absolute = parity.near_tie_absolute(q.dtype, q.shape[1] // k_cmp.shape[1])
+    return parity.check_selection(block_indices[:, :, rows], importance, rows, work.nsa, parity.NEAR_TIE[q.dtype], absolute)
 
 
 def sparse_operator(work: Workload, kernel: str, block_indices: Tensor) -> Operator:
@@ -151,7 +148,7 @@ def sparse_operator(work: Workload, kernel: str, block_indices: Tensor) -> Opera
         o_win = parity.window_rows(q, given.get("k_win", k), given.get("v_win", v), at, nsa)
         return reference.combine(o_cmp, o_slc, o_win, given["gates"][:, :, at].float())
 
-    flops, backward = _costs(work, kernel, ("compressed", "importance", "selected", "window", "combine"))
+    flops, backward = _costs(work, ("compressed", "selected", "window", "combine"))
     return Operator(name="sparse", kernel=kernel, inputs=work.tensors, run=run, rows=rows, flops=flops, backward_flops=backward)
 
 
@@ -162,7 +159,7 @@ def branch_operators(work: Workload, kernel: str, block_indices: Tensor) -> list
 
     def make(name: str, inputs: Mapping[str, Tensor], parts: Sequence[str], run: Callable[..., Tensor],
              rows: Callable[..., Tensor]) -> Operator:  # fmt: skip
-        flops, backward = _costs(work, kernel, parts)
+        flops, backward = _costs(work, parts)
         return Operator(name=name, kernel=kernel, inputs=inputs, run=run, rows=rows, flops=flops, backward_flops=backward)
 
     def named(*names: str) -> dict[str, Tensor]:
@@ -171,7 +168,7 @@ def branch_operators(work: Workload, kernel: str, block_indices: Tensor) -> list
     outputs = {name: torch.randn_like(tensors["q"]).requires_grad_() for name in ("o_cmp", "o_slc", "o_win")}
     return [
         make(
-            BRANCHES[0], named("q", "k_cmp", "v_cmp"), ("compressed", "importance"),
+            BRANCHES[0], named("q", "k_cmp", "v_cmp"), ("compressed",),
             lambda q, k, v: compressed_attention(q, k, v, nsa, kernel=kernel)[0],
             lambda q, k, v: parity.compressed_rows(q[:, :, at], k, v, at, work.tokens, nsa)[0],
         ),

@@ -22,8 +22,10 @@ SAMPLED_QUERIES = 32
 RELATIVE_L2 = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 """Largest relative L2 distance to the float32 reference, given the same selection."""
 NEAR_TIE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
-"""Selections may differ where two importances are this close, relatively (or closer than NEAR_TIE_ABSOLUTE)."""
+"""Selections may differ where two importances are this close, relatively (or as close as `near_tie_absolute` says)."""
 NEAR_TIE_ABSOLUTE = 1e-10
+HALF_ERROR = 2**-36
+"""In bfloat16 and float16 two importances may come this close for every head of a group, which may sum them in float16."""
 NEGLIGIBLE = 1e-4
 POISON_BYTES = 2**33
 
@@ -128,7 +130,15 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
     return reference.attend(reference.masked_softmax(reference.scores(q.float(), k.float()), visible), v.float())
 
 
-def check_selection(block_indices: Tensor, importance: Tensor, rows: Tensor, config: NSAConfig, near_tie: float) -> str:
+def near_tie_absolute(dtype: torch.dtype, group: int) -> float:
+    """How close two importances, sums over a group's heads, may be for either block to be selected."""
+    return NEAR_TIE_ABSOLUTE if dtype in (torch.float32, torch.float64) else max(NEAR_TIE_ABSOLUTE, group * HALF_ERROR)
+
+
+def check_selection(
+    block_indices: Tensor, importance: Tensor, rows: Tensor, config: NSAConfig, near_tie: float,
+    absolute: float = NEAR_TIE_ABSOLUTE,
+) -> str:  # fmt: skip
     """What is wrong with the sampled rows' selection, or "" if nothing is.
 
     block_indices int32 [b, g, m, n]; importance [b, g, m, j] from the reference. Right are: min(n, cur + 1) different
@@ -153,7 +163,7 @@ def check_selection(block_indices: Tensor, importance: Tensor, rows: Tensor, con
     least = importance.masked_fill(~taken | forced, math.inf).amin(-1)
     most = importance.masked_fill(taken | ~candidate, -math.inf).amax(-1)
     gap = most - least
-    if bool((gap > torch.maximum(most.abs() * near_tie, torch.full_like(most, NEAR_TIE_ABSOLUTE))).any()):
+    if bool((gap > torch.maximum(most.abs() * near_tie, torch.full_like(most, absolute))).any()):
         return "selection: a more important block was left out"
     return ""
 

@@ -66,7 +66,7 @@ def dense_attention_flops(tokens: int, heads: int, dim_head: int, *, backward: b
 
 @dataclass(frozen=True, kw_only=True)
 class SparseFlops:
-    """Operations of sparse attention over one sequence, by branch. `importance` is the second pass over q k_cmp^T."""
+    """Operations of sparse attention over one sequence, by branch. `importance` is a second pass over q k_cmp^T."""
 
     compressed: int
     importance: int

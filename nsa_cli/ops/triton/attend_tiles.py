@@ -12,8 +12,9 @@ Gradient: S_j and do v_j^T are asked for, then dq += dS_(j+1) k_(j+1), then come
 
 With SUMS, the forward leaves the importance of the selection blocks behind, head by head, in float16: to write and to read them
 takes half the time of the second pass over the keys that `selection.block_importance` makes. The keys of a tile are in another
-order then (`selection.spread_keys`), in which a block is one thread's. A sum errs by 2^-12 of itself, or by 2^-36 of the row's
-total: less than what keys in bfloat16 or float16 leave uncertain, but more than the second pass.
+order then (`selection.spread_keys`), in which a block is one thread's. A head's sum errs by 2^-11 of itself, or by 2^-37 of the
+row's total: less than what keys in bfloat16 or float16 leave uncertain, but more than the second pass, and blocks that are equal
+in truth may not be. (Logits of 2^24 and more are too coarse for it.)
 
 Triton puts a barrier of the four warps before each arrival at a barrier in memory, and around the writes that the copy engine
 sends: the code relies on it.
@@ -45,7 +46,7 @@ except with block sums, which spare the second pass."""
 KEYS = {("forward", 64): (SPREAD.value, 4), ("forward", 128): (SPREAD.value, 2), ("dq", 128): (64, 4)}
 """By padded channels: keys of a tile, and how many tiles of them are on chip at a time."""
 HEADROOM = gl.constexpr(12.0)
-"""P is at most 2^HEADROOM, not 1: of float16's range, block sums (of at most 8 P) use all, and err by less than 2^-36."""
+"""P is at most 2^HEADROOM, not 1: block sums, of at most 8 P, have float16's range below 2^15, not below 8."""
 REGISTERS = (240, 24)
 """Of a thread of a consumer, and of the producer."""
 

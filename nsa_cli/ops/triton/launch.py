@@ -20,7 +20,7 @@ from nsa_cli.ops.triton.problem import Problem, aligned, cdiv, group_rows, head_
 SCORE_ELEMENTS = 2**26
 """Float32 block scores alive at a time (256 MiB): importance and selection run in chunks of queries."""
 SUM_BYTES = 2**30
-"""Bytes of every head's block sums alive at a time, where the compressed branch stores them."""
+"""Bytes of every head's block sums alive at a time, where the compressed branch stores them (more if 128 queries have more)."""
 PART_BYTES = {"forward": 2**31, "backward": 2**30}
 """Bytes of partial outputs, or query gradients, alive at a time in the selected branch."""
 UNIT_TOKENS = {"forward": 4096, "backward": 8192}
@@ -151,7 +151,7 @@ def _attend_and_select(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
             sums, marks, lse, indices, t0, t1, p.n, p.offset, tiles, G=p.g, R=p.r, LENGTH=config.compress_block,
             STRIDE=config.compress_stride, BLOCK=config.select_block, NUM=config.num_selected, NUM_INIT=config.num_init,
             NUM_LOCAL=config.num_local, PLACES=next_power_of_2(config.num_selected), WORDS=words,
-            AT_ONCE=4 if p.r % 4 == 0 else 1, num_warps=max(1, min(8, words // 64)),
+            AT_ONCE=4 if p.r % 4 == 0 else 1, num_warps=max(1, min(32, words // 32)),
         )  # fmt: skip
     return indices
 
@@ -389,7 +389,7 @@ def _add_first_blocks(
     at = token.flatten().clamp(max=p.keys - 1).long()
     gathered = (q, aligned(k[:, :, at]), aligned(v[:, :, at]), *arguments[3:])
     parts = attend_dkv("first", *gathered, replace(p, documents=ranges))
-    # Behind a document's end, `at` has tokens of the next ones, twice then: they get the same sum twice.
+    # Behind a document's end, `at` has tokens of the next ones, several times then: they get the same sum again.
     inside = at - documents.start[at]
     row, first = documents.document[at] * length + inside.clamp(max=length - 1), (inside < length)[:, None, None]
     for total, part in zip((dk, dv), parts, strict=True):

@@ -1,8 +1,8 @@
 """Importance of selection blocks and the exact choice among them (eq. 9 to 12), one chunk of queries at a time.
 
 Importance is a second pass over the compressed keys with the known log-sum-exp (`block_importance`): nothing of size N x N / d
-is stored, and float32 block scores only for a chunk of queries. Or the compressed branch's own pass stores every head's block sums
-in float16, for a chunk of queries too (`attend_tiles`, on Hopper), and `select_from_sums` adds them up. Blocks are numbered over
+is stored, and float32 block scores only for a chunk of queries. Or the compressed pass stores the block sums of every head,
+float16, for a chunk of queries too (`attend_tiles`, on Hopper), and `select_from_sums` adds them up. Blocks are numbered over
 all documents (`sel_first`: a block's first compressed key), and inside their document in the result.
 """
 
@@ -89,15 +89,15 @@ def free_blocks(o_j, current, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr):
 
 @triton.jit
 def threshold(bits, candidates, places, WAYS: tl.constexpr):
-    """(low, count): of bits, -1 where there is no candidate, the greatest low that at least `places` of the candidates reach, and
-    how many do; more than places only where several equal it. All of them where they are no more than places.
+    """(low, count): of bits, -1 where there is no candidate, a number that exactly `places` of the candidates reach, or, where
+    several equal it, the greatest that more do; and how many reach it. All do where they are no more than places.
 
     Bisection between the least and the greatest. WAYS: thresholds tried at a time. One is least work; more, of bits [n], are
     fewer steps, where a program waits for nothing else.
     """
-    low = 0
-    count = candidates  # of bits >= low
-    if candidates > places:
+    low = tl.where(places > 0, 0, 0x7FFFFFFF)
+    count = tl.where(places > 0, candidates, 0)  # of bits >= low
+    if count > places:
         high = tl.max(bits) + 1
         low = tl.min(tl.where(bits >= 0, bits, 0x7FFFFFFF))
         while (count != places) & (high - low > 1):
@@ -142,8 +142,6 @@ def top_blocks(
         equal = bits == low
         above = count - tl.sum(equal.to(tl.int32), 0)
         chosen = (bits > low) | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= places - above))
-    if places <= 0:
-        chosen = bits > 0x7FFFFFFE
     chosen = (chosen & candidate) | forced
     tl.store(p_out + tl.cumsum(chosen.to(tl.int32), 0) - 1, o_j, mask=chosen)
     o_n = tl.arange(0, PLACES)
@@ -195,20 +193,18 @@ def top_of_many(
         rank = (tl.cumsum(rows, 0) - rows)[:, None] + tl.cumsum(equal, 1)
         chosen = (bits > low) | ((equal > 0) & (rank <= places - (count - tl.sum(rows, 0))))
     words = tl.sum(tl.where(chosen, 1 << o_bit[None, :], 0), 1)
-    if places <= 0:
-        words = words & 0
     words = (words | below(o_word, init) | (below(o_word, current + 1) & ~below(o_word, local))).to(tl.uint32, bitcast=True)
     counts = population(words)
     place = tl.cumsum(counts, 0) - counts
     most = tl.max(counts, 0)
     for _ in range(most):
-        lowest = words & (~words + 1)
+        lowest = words ^ (words & (words - 1))
         bit = (lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
         tl.store(p_out + place, o_word * WORD + bit, mask=words != 0)
         place += 1
         words = words & (words - 1)
     o_n = tl.arange(0, PLACES)
-    taken = count_forced + tl.minimum(tl.maximum(places, 0), candidates)
+    taken = count_forced + tl.minimum(places, candidates)
     tl.store(p_out + o_n, tl.full([PLACES], -1, tl.int32), mask=(o_n >= taken) & (o_n < NUM))
 
 
@@ -238,7 +234,7 @@ SPREAD = tl.constexpr(128)
 """Compressed keys of a tile whose sums `attend_tiles` stores, in its order."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["KEYS", "GRID"])
 def spread_keys(
     p_k, p_v, p_out, KEYS, GRID, stride_kb, stride_kg, stride_ks, stride_vb, stride_vg, stride_vs, G: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr,
