@@ -15,6 +15,11 @@ import triton.language as tl
 
 from nsa_cli.ops.triton.attend import CMP, blocks_seen, key_bounds
 
+WORD = tl.constexpr(32)
+"""Blocks whose choice is one integer."""
+SPREAD = tl.constexpr(128)
+"""Compressed keys of a tile whose block sums `attend_tiles` stores: a word of blocks."""
+
 
 @triton.jit(do_not_specialize=["T0", "T1", "N", "OFFSET", "KEYS", "GRID", "KEY_TILES"])
 def block_importance(
@@ -149,10 +154,6 @@ def top_blocks(
     tl.store(p_out + o_n, tl.full([PLACES], -1, tl.int32), mask=(o_n >= taken) & (o_n < NUM))
 
 
-WORD = tl.constexpr(32)
-"""Blocks whose choice is one integer."""
-
-
 @triton.jit
 def below(o_word, end):
     """Of every word's blocks, as bits, those below `end`."""
@@ -230,10 +231,6 @@ def select_top(
     top_of_many(b_score, current, p_out, NUM, NUM_INIT, NUM_LOCAL, PLACES, WORDS)
 
 
-SPREAD = tl.constexpr(128)
-"""Compressed keys of a tile whose sums `attend_tiles` stores, in its order."""
-
-
 @triton.jit(do_not_specialize=["KEYS", "GRID"])
 def spread_keys(
     p_k, p_v, p_out, KEYS, GRID, stride_kb, stride_kg, stride_ks, stride_vb, stride_vg, stride_vs, G: tl.constexpr,
@@ -269,9 +266,8 @@ def select_from_sums(
 ):  # fmt: skip
     """`top_of_many` of one query, whose importance is added up from what `attend_tiles` stored for its heads.
 
-    sums float16 [b, h, T1 - T0, TILES, WORD]; marks float32 [b, h, T1 - T0, TILES, 2]: what a tile's sums are
-    relative to (log2 units), and what its last key adds to the next tile's first block. Tiles of which a query sees nothing
-    need not be there.
+    sums float16 [b, h, T1 - T0, TILES, WORD]; marks float32 [b, h, T1 - T0, TILES, 2]: what a tile's sums are relative to (log2
+    units), and what its last key adds to the next tile's first block. Tiles of which a query sees nothing need not be there.
     """
     tl.static_assert(SPREAD * STRIDE == WORD * BLOCK, "a tile of keys is a word of blocks")
     i = tl.program_id(0)
