@@ -92,7 +92,7 @@ def measure_training(bench: Bench, subject: Subject) -> Figures:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(bench.device.type, torch.bfloat16) if mixed else nullcontext():
             loss: Tensor = model(ids, targets)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         return loss.detach()
 

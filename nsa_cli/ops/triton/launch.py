@@ -38,7 +38,6 @@ KEY_BYTES = {2: 2**16, 4: 2**15}
 """A selected block's keys, or values, on chip at a time, by the bytes of a number (float32's products take registers)."""
 
 
-
 def _tile(kernel: str, p: Problem) -> tuning.Tile:
     return tuning.tile(kernel, width=max(p.dk, p.dv), group=p.r, dtype=p.dtype, device=p.device)
 
@@ -99,6 +98,15 @@ def _reach(t1: int, p: Problem) -> int:
     return p.select_blocks if p.packed else p.config.num_select_blocks(t1 + p.offset)
 
 
+def _choice(t1: int, p: Problem) -> dict[str, int]:
+    """The constants of the choice among the blocks that the queries before t1 may choose among."""
+    config, words = p.config, next_power_of_2(cdiv(_reach(t1, p), selection.WORD.value))
+    return {
+        "BLOCK": config.select_block, "NUM": config.num_selected, "NUM_INIT": config.num_init, "NUM_LOCAL": config.num_local,
+        "PLACES": next_power_of_2(config.num_selected), "WORDS": words,
+    }  # fmt: skip
+
+
 def select(q: Tensor, k_cmp: Tensor, lse: Tensor, p: Problem) -> Tensor:
     """block_indices int32 [b, g, n, num_selected] from the compressed branch's log-sum-exp."""
     config, blocks = p.config, p.select_blocks
@@ -108,11 +116,10 @@ def select(q: Tensor, k_cmp: Tensor, lse: Tensor, p: Problem) -> Tensor:
     for t0 in range(0, p.n, rows):
         t1 = min(t0 + rows, p.n)
         block_importance(q, k_cmp, lse, scores, t0, t1, p)
-        words = next_power_of_2(cdiv(_reach(t1, p), selection.WORD.value))
+        choice = _choice(t1, p)
         selection.select_top[(p.b * p.g * (t1 - t0),)](
-            scores, indices, p.table("start"), p.table("sel_base"), t0, t1, p.n, p.offset, blocks, BLOCK=config.select_block,
-            NUM=config.num_selected, NUM_INIT=config.num_init, NUM_LOCAL=config.num_local, PACKED=p.packed,
-            PLACES=next_power_of_2(config.num_selected), WORDS=words, num_warps=max(1, min(8, words // 64)),
+            scores, indices, p.table("start"), p.table("sel_base"), t0, t1, p.n, p.offset, blocks, **choice, PACKED=p.packed,
+            num_warps=max(1, min(8, choice["WORDS"] // 64)),
         )  # fmt: skip
     return indices
 
@@ -146,12 +153,10 @@ def _attend_and_select(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
     for t0 in range(0, p.n, rows):
         t1 = min(t0 + rows, p.n)
         attend_tiles.attend_forward(q, spread[0], spread[1], out, lse, p, attend_tiles.Sums(t0, t1, tiles, sums, marks))
-        words = next_power_of_2(cdiv(_reach(t1, p), word))
+        choice = _choice(t1, p)
         selection.select_from_sums[(p.b * p.g * (t1 - t0),)](
-            sums, marks, lse, indices, t0, t1, p.n, p.offset, tiles, G=p.g, R=p.r, LENGTH=config.compress_block,
-            STRIDE=config.compress_stride, BLOCK=config.select_block, NUM=config.num_selected, NUM_INIT=config.num_init,
-            NUM_LOCAL=config.num_local, PLACES=next_power_of_2(config.num_selected), WORDS=words,
-            AT_ONCE=4 if p.r % 4 == 0 else 1, num_warps=max(1, min(32, words // 32)),
+            sums, marks, lse, indices, t0, t1, p.n, p.offset, tiles, **choice, G=p.g, R=p.r, LENGTH=config.compress_block,
+            STRIDE=config.compress_stride, AT_ONCE=4 if p.r % 4 == 0 else 1, num_warps=max(1, min(32, choice["WORDS"] // 32)),
         )  # fmt: skip
     return indices
 
